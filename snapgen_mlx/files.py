@@ -1,0 +1,79 @@
+"""Writing files and folders whole or not at all: a temporary name, fsync, then rename."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import SnapGenError
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``.
+
+    On any error the temporary file is removed and what stood at ``path`` before is untouched.
+    Raises SnapGenError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.fchmod(fd, 0o666 & ~_umask())
+        os.close(fd)
+    except OSError as e:
+        raise SnapGenError(f"cannot write {path}: {e.strerror}; choose another place") from e
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as e:
+        raise SnapGenError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path):
+    """Yield a temporary folder beside ``path`` that is renamed to ``path`` when whole.
+
+    ``path`` must not exist (or be an empty folder). On any error nothing is left behind.
+    Raises SnapGenError when ``path`` holds something or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SnapGenError(f"{path} already exists and is not empty; choose another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+    except OSError as e:
+        raise SnapGenError(f"cannot write {path}: {e.strerror}; choose another place") from e
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as e:
+        raise SnapGenError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
