@@ -1,0 +1,141 @@
+"""Elastic widths [paper 3.2]: a pure, differentiable function from a supernet's parameters to a
+variant's (architecture section 3).
+
+A width w keeps the leading fraction w of every hidden-tied axis; axes that join several windows
+or skips keep it in each of their groups. Text-side weights and per-head norms are shared whole.
+``time_embed`` and every ``scale_shift_table`` are banks with an entry per width. Packed affine
+weights, scales and biases slice alike, as long as widths fall on quantization-group boundaries.
+"""
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..config import DiTConfig
+from ..errors import SnapGenError
+
+BANKS = ("time_embed", "scale_shift_table")
+
+# Groups along (output, input) of each layer's weight; 0 = not sliced. A bias follows the output.
+_GROUPS = {
+    "patch_embed.proj": (1, 0),
+    "attn.to_q": (1, 1),
+    "attn.to_k": (1, 1),
+    "attn.to_v": (1, 1),
+    "attn.to_out": (1, 1),
+    "attn.head_gate": (1, 1),
+    "attn.kv_compress.k": (1, 0),
+    "attn.kv_compress.v": (1, 0),
+    "cross.to_q": (1, 1),
+    "cross.to_out": (1, 1),
+    "ffn.fc1": (1, 1),
+    "ffn.fc2": (1, 1),
+    "skip_proj": (1, 2),
+    "downsample.proj": (1, 4),
+    "upsample.proj": (4, 1),
+    "final.proj": (0, 1),
+}
+
+
+def _layer(path: str) -> tuple[str, str]:
+    """ "down.3.attn.to_q.weight" -> ("attn.to_q", "weight")."""
+    parts = path.split(".")
+    if parts[0] in ("down", "mid", "up"):
+        parts = parts[2:]
+    return ".".join(parts[:-1]), parts[-1]
+
+
+def bank_index(path: str) -> int | None:
+    """The width index of an isolated parameter's path, None for a shared one."""
+    parts = path.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part in BANKS:
+            return int(parts[i + 1])
+    return None
+
+
+def _in_bank(path: str, index: int) -> str:
+    parts = path.split(".")
+    at = next(i for i, part in enumerate(parts) if part in BANKS)
+    return ".".join([*parts[: at + 1], str(index), *parts[at + 2 :]])
+
+
+def _groups(path: str) -> tuple[int, ...]:
+    layer, name = _layer(path)
+    groups = _GROUPS.get(layer, (0, 0))
+    return groups[:1] if name == "bias" else groups
+
+
+def _leading(a: mx.array, groups: tuple[int, ...], width: float, path: str) -> mx.array:
+    for axis, g in enumerate(groups):
+        if not g or width == 1:
+            continue
+        keep = a.shape[axis] // g * width
+        if a.shape[axis] % g or keep != int(keep):
+            raise SnapGenError(f"{path}: {a.shape[axis]} does not slice to width {width}")
+        shape = a.shape
+        a = a.reshape(*shape[:axis], g, -1, *shape[axis + 1 :])
+        a = a[(slice(None),) * (axis + 1) + (slice(0, int(keep)),)]
+        a = a.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+    return a
+
+
+def slice_flat(params: dict, config: DiTConfig, index: int) -> dict:
+    """``slice_params`` on a flat {path: array} dictionary."""
+    out = {}
+    for path, a in params.items():
+        bank = bank_index(path)
+        if bank is None:
+            out[path] = _leading(a, _groups(path), config.widths[index], path)
+        elif bank == index:
+            out[_in_bank(path, 0)] = a
+    return out
+
+
+def slice_params(params: dict, config: DiTConfig, index: int) -> dict:
+    """Parameter tree of the width ``config.widths[index]`` cut out of a supernet's tree.
+
+    Differentiable. The result fits ``DiT(config.variant(index))``. Raises SnapGenError when an
+    axis does not divide.
+    """
+    return tree_unflatten(list(slice_flat(dict(tree_flatten(params)), config, index).items()))
+
+
+def scatter_add(full: dict, sub: dict, config: DiTConfig, index: int) -> dict:
+    """Add a variant's flat gradients into the leading slices of the supernet's flat gradients.
+
+    The adjoint of ``slice_flat``. ``sub`` paths are the variant's (bank 0); an isolated parameter
+    lands in its own bank entry, which ``full`` need not hold.
+    """
+    out = dict(full)
+    for path, g in sub.items():
+        if bank_index(path) is not None:
+            path = _in_bank(path, index)
+            out[path] = out[path] + g if path in out else g
+            continue
+        a, shape = out[path], out[path].shape
+        # Split each grouped axis into (groups, units) so that one basic index names the slice.
+        split_a, split_g, where = [], [], []
+        groups = _groups(path) + (0,) * (a.ndim - len(_groups(path)))
+        for n_a, n_g, k in zip(shape, g.shape, groups, strict=True):
+            if k > 1:
+                split_a += [k, n_a // k]
+                split_g += [k, n_g // k]
+                where += [slice(None), slice(0, n_g // k)]
+            else:
+                split_a.append(n_a)
+                split_g.append(n_g)
+                where.append(slice(0, n_g))
+        out[path] = a.reshape(split_a).at[tuple(where)].add(g.reshape(split_g)).reshape(shape)
+    return out
+
+
+def random_supernet(config: DiTConfig) -> dict:
+    """Flat parameters of a freshly initialised supernet (uses MLX's global random state)."""
+    from .dit import DiT
+
+    params = dict(tree_flatten(DiT(config.variant(len(config.widths) - 1)).parameters()))
+    out = {path: a for path, a in params.items() if bank_index(path) is None}
+    for i in range(len(config.widths)):
+        sub = dict(tree_flatten(DiT(config.variant(i)).parameters()))
+        out |= {_in_bank(p, i): a for p, a in sub.items() if bank_index(p) is not None}
+    return out
