@@ -1,0 +1,162 @@
+"""safetensors files: a header that is believed only after every claim in it has been checked.
+
+``mx.load`` trusts the header; a truncated or lying file then gives garbage or a crash. Read here
+first. The writer streams: the header is known beforehand, tensors are written one by one.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import SnapGenError
+
+ITEMSIZE = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4},
+    **{"U64": 8, "I64": 8, "F64": 8, "C64": 8},
+}
+DTYPES = {
+    **{"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "BOOL": mx.bool_},
+    **{"U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64},
+    **{"I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64},
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file; ``start`` and ``stop`` are byte positions in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def _no_duplicates(pairs: list) -> dict:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key appears twice")
+    return keys
+
+
+def _is_size(n) -> bool:
+    return type(n) is int and n >= 0
+
+
+def read_header(path) -> dict[str, TensorInfo]:
+    """Return {key: TensorInfo} after checking the whole file against its header.
+
+    Checked: header length, JSON, dtypes, shape against byte count, and that the tensors tile the
+    rest of the file without gap or overlap, so that a truncated or padded file is found. Raises
+    SnapGenError that names the file and what is wrong with it.
+    """
+    bad = f"{path} is not a whole safetensors file"
+    try:
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                claim = f"the header claims {length} bytes, the file has {size}"
+                raise SnapGenError(f"{bad}: {claim}; download or save it again")
+            text = f.read(length)
+    except OSError as e:
+        raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as e:
+        raise SnapGenError(f"{bad}: its header is not valid JSON ({e})".replace("\n", " ")) from e
+    if not isinstance(header, dict):
+        raise SnapGenError(f"{bad}: its header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise SnapGenError(f"{bad}: its __metadata__ is not a table of strings")
+
+    data = 8 + length
+    infos = {}
+    for key, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise SnapGenError(f"{bad}: the entry of {key!r} is malformed")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+            raise SnapGenError(f"{bad}: {key!r} has the unknown dtype {dtype!r}")
+        if not isinstance(shape, list) or not all(map(_is_size, shape)):
+            raise SnapGenError(f"{bad}: {key!r} has the shape {shape!r}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+            raise SnapGenError(f"{bad}: {key!r} has the offsets {offsets!r}")
+        start, stop = offsets
+        if stop - start != math.prod(shape) * ITEMSIZE[dtype]:
+            held = f"{stop - start} bytes cannot hold {dtype} of shape {tuple(shape)}"
+            raise SnapGenError(f"{bad}: {key!r}: {held}")
+        infos[key] = TensorInfo(dtype, tuple(shape), data + start, data + stop)
+
+    position = data
+    for key, info in sorted(infos.items(), key=lambda item: item[1][2:]):
+        if info.start != position:
+            raise SnapGenError(f"{bad}: {key!r} leaves a gap or overlaps its neighbour")
+        position = info.stop
+    if position != size:
+        ends = f"its tensors end at byte {position}, the file at byte {size}"
+        raise SnapGenError(f"{bad}: {ends}; download or save it again")
+    return infos
+
+
+def read_tensor(path, key: str, info: TensorInfo) -> mx.array:
+    """Read one tensor; float64 comes as float32 (MLX computes no float64 on Metal)."""
+    if info.dtype not in DTYPES and info.dtype != "F64":
+        have = f"{key!r} has the dtype {info.dtype}, which cannot be converted"
+        raise SnapGenError(f"{path}: {have}; save it as BF16, F16 or F32")
+    dtype = DTYPES.get(info.dtype, mx.float32)
+    try:
+        with open(path, "rb") as f:
+            f.seek(info.start)
+            # MLX has no way in for bf16 from numpy but a view of its bytes.
+            kind = {"BF16": "<u2", "BOOL": "?"}.get(info.dtype, "<" + _numpy_code(info.dtype))
+            data = np.fromfile(f, dtype=kind, count=math.prod(info.shape))
+    except OSError as e:
+        raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
+    if data.size != math.prod(info.shape):
+        raise SnapGenError(f"{path} ended inside {key!r}: it was cut while being read")
+    array = mx.array(data.reshape(info.shape))
+    return array.view(dtype) if info.dtype == "BF16" else array.astype(dtype)
+
+
+def _numpy_code(dtype: str) -> str:
+    return dtype[0].lower() + str(ITEMSIZE[dtype])
+
+
+def write_tensors(path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Iterable) -> None:
+    """Write ``tensors``, pairs (key, array) in the order of ``infos`` {key: (dtype, shape)}.
+
+    Only one array is held at a time. Raises SnapGenError when an array is not what ``infos``
+    promised; OSError (disk full) passes through.
+    """
+    header, position = {"__metadata__": {"format": "mlx"}}, 0
+    for key, (dtype, shape) in infos.items():
+        stop = position + math.prod(shape) * dtype.size
+        entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+        header[key], position = entry, stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for (key, array), (expected, promise) in zip(tensors, infos.items(), strict=True):
+            if key != expected or (array.dtype, tuple(array.shape)) != (promise[0], promise[1]):
+                raise SnapGenError(f"{key}: {array.dtype} {array.shape} instead of {promise}")
+            if array.dtype == mx.bfloat16:
+                array = array.view(mx.uint16)
+            f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+
+
+def check_file(path) -> None:
+    """Raise SnapGenError unless ``path`` is a whole safetensors file."""
+    read_header(path)
