@@ -115,23 +115,28 @@ def read_tensor(path, key: str, info: TensorInfo) -> mx.array:
     if info.dtype not in DTYPES and info.dtype != "F64":
         have = f"{key!r} has the dtype {info.dtype}, which cannot be converted"
         raise SnapGenError(f"{path}: {have}; save it as BF16, F16 or F32")
-    dtype = DTYPES.get(info.dtype, mx.float32)
     try:
         with open(path, "rb") as f:
             f.seek(info.start)
-            # MLX has no way in for bf16 from numpy but a view of its bytes.
-            kind = {"BF16": "<u2", "BOOL": "?"}.get(info.dtype, "<" + _numpy_code(info.dtype))
-            data = np.fromfile(f, dtype=kind, count=math.prod(info.shape))
+            count = math.prod(info.shape)
+            data = np.fromfile(f, dtype=numpy_kind(info.dtype), count=count)
     except OSError as e:
         raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
-    if data.size != math.prod(info.shape):
+    if data.size != count:
         raise SnapGenError(f"{path} ended inside {key!r}: it was cut while being read")
-    array = mx.array(data.reshape(info.shape))
-    return array.view(dtype) if info.dtype == "BF16" else array.astype(dtype)
+    return as_array(data.reshape(info.shape), info.dtype)
 
 
-def _numpy_code(dtype: str) -> str:
-    return dtype[0].lower() + str(ITEMSIZE[dtype])
+def numpy_kind(dtype: str) -> str:
+    """numpy's code for a safetensors dtype; bf16, unknown to numpy, as its bits."""
+    special = {"BF16": "<u2", "BOOL": "?"}
+    return special.get(dtype) or f"<{dtype[0].lower()}{ITEMSIZE[dtype]}"
+
+
+def as_array(data: np.ndarray, dtype: str) -> mx.array:
+    """The MLX array of what was read as ``numpy_kind(dtype)``; float64 becomes float32."""
+    array = mx.array(data)
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def write_tensors(path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Iterable) -> None:
