@@ -1,6 +1,7 @@
 """The tiny latent decoder: separable convolutions, no attention (SnapGen; layout is our choice)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,10 +29,11 @@ def _shifts(x: mx.array):
     return [x[:, i : i + H, j : j + W] for i in range(3) for j in range(3)]
 
 
+@mx.compile
 def _depthwise(x: mx.array, weight: mx.array) -> mx.array:
     if mx.default_device() == mx.gpu:
         return mx.conv2d(x, weight, padding=1, groups=x.shape[-1])
-    # On CPU a grouped convolution unfolds its input; nine fused multiply-adds are 4x faster.
+    # On CPU a grouped convolution unfolds its input; nine fused multiply-adds are 3x faster.
     taps = weight.reshape(-1, 9).T
     return sum(s * tap for s, tap in zip(_shifts(x), taps, strict=True))
 
@@ -118,7 +120,7 @@ class TinyDecoder(nn.Module):
         self.stages = [
             [SeparableBlock(c, config.expansion) for _ in range(config.blocks)] for c in channels
         ]
-        self.upsamplers = [Upsample(a, b) for a, b in zip(channels[:-1], channels[1:], strict=True)]
+        self.upsamplers = [Upsample(a, b) for a, b in pairwise(channels)]
         self.conv_out = nn.Conv2d(channels[-1], 3 * config.patch**2, 3, padding=1)
 
     def __call__(self, latents: mx.array) -> mx.array:
