@@ -1,0 +1,51 @@
+"""Train the embedded model's autoencoder: DATA (ImageFolder) -> OUT (a ``vae/`` folder).
+
+python -m benchmarks.embedded.autoencoder DATA RUN OUT [--steps N]; resumes from RUN.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+from snapgen_mlx.training.autoencoder import AutoencoderTraining, train_autoencoder
+from snapgen_mlx.weights import save_tensors, write_json
+
+
+def load_images(folder: Path) -> np.ndarray:
+    return np.stack(
+        [np.asarray(Image.open(p).convert("RGB")) for p in sorted(folder.glob("*.png"))]
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=AutoencoderTraining.steps)
+    args = parser.parse_args()
+
+    mx.random.seed(0)
+    model = SnapGenAutoencoder(SnapGenAutoencoderConfig())
+    images = load_images(args.data / "train")
+    for record in train_autoencoder(model, images, args.run, AutoencoderTraining(steps=args.steps)):
+        print(" ".join(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
+
+    errors = []
+    for image in load_images(args.data / "heldout"):
+        x = mx.array(image[None]).astype(mx.float32) / 127.5 - 1
+        errors.append((model.decode(model.encode(x)) - x).square().mean().item())
+    print(f"held-out PSNR {-10 * np.log10(np.mean(errors) / 4):.2f} dB on {len(errors)} images")
+    config = {"_class_name": "SnapGenAutoencoder", **dataclasses.asdict(model.config)}
+    write_json(args.out / "config.json", config)
+    save_tensors(args.out, dict(tree_flatten(model.parameters())))
+
+
+if __name__ == "__main__":
+    main()
