@@ -236,19 +236,22 @@ def captions(concept: dict, style: str, phrases: list[str]) -> list[str]:
     """
     label = concept["label"]
     a = with_article(label)
-    bare = []
+    texts = [f"{a}, {style} style"]
     if style == "3d":
-        texts = [f"{a}, 3d style", f"a 3d render of {a}", f"3d {label}", f"a 3d picture of {a}"]
-        bare = [a, label, *phrases[:4]]
-    elif style == "flat":
-        texts = [f"{a}, flat style", f"a flat icon of {a}", f"flat {label}"]
-        texts += [f"flat icon, {label}", f"a flat drawing of {a}", f"{a} in a flat style"]
+        texts += [
+            f"a 3d render of {a}",
+            f"3d {label}",
+            f"a 3d picture of {a}",
+            f"a 3d model of {a}",
+        ]
+        texts += [f"{phrase}, 3d style" for phrase in phrases[:1]]
+        texts += [a, label, *phrases[:4]]
     else:
-        texts = [f"{a}, cartoon style", f"a cartoon of {a}", f"cartoon {label}"]
-        texts += [f"cartoon, {label}", f"a cartoon drawing of {a}", f"{a} in a cartoon style"]
-    texts += [f"{phrase}, {style} style" for phrase in phrases[:2]]
-    texts = list(dict.fromkeys(texts + bare))
-    return [t for t in texts if len(t.split()) <= 20]
+        noun = {"flat": "flat icon", "cartoon": "cartoon"}[style]
+        texts += [f"a {noun} of {a}", f"{style} {label}", f"{noun}, {label}"]
+        texts += [f"a {style} drawing of {a}", f"{a} in a {style} style"]
+        texts += [f"{phrase}, {style} style" for phrase in phrases[:2]]
+    return [t for t in dict.fromkeys(texts) if len(t.split()) <= 20]
 
 
 def phrasings(concepts: list[dict]) -> tuple[dict[str, list[str]], list[dict]]:
@@ -367,11 +370,12 @@ def build(out: Path, cache: Path) -> dict:
     counts = Counter()
     with atomic_folder(out) as folder:
         metadata = {"train": [], "heldout": []}
+        for part in metadata:
+            (folder / part).mkdir()
         for concept in concepts:
             key = concept["concept"]
             for style, part in split_of(key, styles[key]).items():
                 name = f"{key}-{style}.png"
-                (folder / part).mkdir(exist_ok=True)
                 framed(rasterise(drawings[style][key])).save(folder / part / name)
                 texts = captions(concept, style, train_phrases[key])
                 metadata[part].append(

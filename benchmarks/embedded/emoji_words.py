@@ -171,6 +171,6 @@ boom epic ugh uhh oh ok okay homie adorbs bday bestie dope fosho rad sure got go
 the and with of on in at to a an for over up down out this that it i'm it's good great nice
 awesome cool special like keep know here again pick who maybe am day night morning zodiac
 emotion comic meh whoa woah wow geez jeez eek yikes yay aww hmm hm um ew sexy virgin ass feels
-believe call come job well done face animal food place clothing clothes tool thing object
+believe call come job well done face animal animals food place clothing clothes tool thing object
 symbol sign s emoji one two three four five six seven eight nine ten twelve thirty
 """)
