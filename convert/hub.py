@@ -1,0 +1,122 @@
+"""From what the user named to a local path: a file, a folder, or a download from the Hub."""
+
+import re
+from pathlib import Path
+
+from ..errors import SnapGenError, UsageError
+from .formats import EXTENSIONS, weight_names
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+# The weights by their usual names, without fp16 doubles and single-file copies of the whole.
+USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors"]
+EXTRAS = ["*.json", "*.model", "*.txt", "*.jinja"]  # configurations, tokenizers, licences
+
+
+def resolve(source, revision: str | None = None, token: str | None = None) -> Path:
+    """Return the local path of ``source``: an existing path as it is, or the snapshot folder of a
+    Hub id ``org/name[@revision]``, downloaded as far as it is not there yet.
+
+    Only the files that conversion reads are fetched (safetensors before ``.bin``). HF_HUB_OFFLINE,
+    HF_ENDPOINT, HF_TOKEN and a cached login are honoured; files that are whole are never fetched
+    twice. Raises SnapGenError in one line for whatever can go wrong on the way.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision:
+            raise UsageError(f"--revision is for the Hub, and {source} is a local path")
+        return path
+    match = HUB_ID.fullmatch(str(source))
+    if not match:
+        raise SnapGenError(
+            f"{source}: no such file or folder (a Hub model is written org/name or "
+            "org/name@revision)"
+        )
+    if revision and match["revision"]:
+        raise UsageError(f"{source} names a revision already; leave out --revision {revision}")
+    return _download(match["repo"], revision or match["revision"], token)
+
+
+def commit_of(path) -> str | None:
+    """The commit a path in the Hub's cache belongs to; None elsewhere."""
+    for part, parent in zip(Path(path).parts[1:], Path(path).parts, strict=False):
+        if parent == "snapshots":
+            return part
+    return None
+
+
+def _download(repo: str, revision: str | None, token: str | None) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    at = f"{repo}@{revision}" if revision else repo
+    page = f"https://huggingface.co/{repo}"
+    http_error = errors.HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as its version has it
+    unreachable = None
+    try:
+        try:
+            # snapshot_download would wait for the listing for ever.
+            patience = hub.constants.HF_HUB_ETAG_TIMEOUT
+            hub.HfApi(token=token).model_info(repo, revision=revision, timeout=patience)
+        except (http_error, errors.OfflineModeIsEnabled) as e:
+            refused = isinstance(e, errors.HfHubHTTPError) and e.response.status_code < 500
+            if refused:
+                raise
+            unreachable = e  # an earlier download may do
+
+        def fetch(patterns):
+            return hub.snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                allow_patterns=patterns,
+                local_files_only=unreachable is not None,
+            )
+
+        folder = Path(fetch(USUAL + EXTRAS))
+        bare = [c for c in ("", *COMPONENTS) if _lacks_weights(folder / c)]
+        if bare:
+            fetch([f"{c}/*.{ext}".lstrip("/") for c in bare for ext in EXTENSIONS])
+    except errors.GatedRepoError as e:
+        raise SnapGenError(
+            f"{repo} is gated: accept its terms at {page}, log in with `hf auth login` and run "
+            "again; for Gemma, --text-encoder takes any local or community Gemma 3 folder instead"
+        ) from e
+    except errors.RevisionNotFoundError as e:
+        raise SnapGenError(f"{repo} has no revision {revision!r}; see {page}") from e
+    except errors.RepositoryNotFoundError as e:
+        raise SnapGenError(
+            f"{repo} is not on the Hub, or is private: check the name at {page}, or log in with "
+            "`hf auth login`"
+        ) from e
+    except (errors.LocalEntryNotFoundError, http_error) as e:
+        raise SnapGenError(_why_not(at, page, unreachable or e.__cause__ or e)) from e
+    except (errors.HFValidationError, OSError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise SnapGenError(
+            f"cannot download {at}: {why}; run again, files that are whole are kept"
+        ) from e
+    return folder
+
+
+def _lacks_weights(folder: Path) -> bool:
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return "config.json" in names and not weight_names(names)
+
+
+def _why_not(at: str, page: str, error: BaseException) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"{at} is not wholly in the cache and the Hub is switched off: unset HF_HUB_OFFLINE, "
+            "or download it once with a network"
+        )
+    if status := getattr(getattr(error, "response", None), "status_code", None):
+        what = f"the Hub answered {status}"
+        if status in (401, 403):
+            return f"cannot download {at}: {what}; log in again with a token that may read {page}"
+    else:
+        late = "Timeout" in type(error).__name__
+        what = "the Hub did not answer in time" if late else "the Hub cannot be reached"
+    return f"cannot download {at}: {what}; run again later, files that are whole are kept"
