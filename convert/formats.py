@@ -6,7 +6,6 @@ opcodes and the handful of names that tensors need are known here, everything el
 """
 
 import io
-import json
 import math
 import pickle
 import re
@@ -21,6 +20,7 @@ import numpy as np
 
 from ..errors import SnapGenError
 from ..safetensors_io import ITEMSIZE, as_array, numpy_kind, read_header, read_tensor
+from ..weights import read_json
 
 EXTENSIONS = ("safetensors", "bin", "pt", "pth")
 # What diffusers, transformers, open_clip and MLX call the weights, in order of preference.
@@ -55,19 +55,6 @@ def _reading(path):
     except Exception as e:  # the file's bytes decide what zipfile, pickle or numpy trip over
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise SnapGenError(f"{path} cannot be read: {why}; download or save it again") from e
-
-
-def load_json(path) -> dict:
-    """The JSON object in ``path``. Raises SnapGenError when it is missing or is not one."""
-    try:
-        value = json.loads(Path(path).read_text())
-    except OSError as e:
-        raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise SnapGenError(f"{path} is not valid JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise SnapGenError(f"{path} is not a JSON object")
-    return value
 
 
 # --- safetensors
@@ -399,7 +386,7 @@ class Sharded:
 
     def __init__(self, index):
         index = Path(index)
-        table = load_json(index).get("weight_map")
+        table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise SnapGenError(f"{index} has no weight_map")
         shards = {}

@@ -14,8 +14,8 @@ class SnapGenAutoencoderConfig:
     """Widths in the order the data meets them; ``latents_mean``/``latents_std`` per channel."""
 
     latent_channels: int = 16
-    encoder_channels: tuple[int, ...] = (96, 160)
-    decoder_channels: tuple[int, ...] = (256, 128)
+    encoder_channels: tuple[int, ...] = (64, 128)
+    decoder_channels: tuple[int, ...] = (192, 96)
     blocks: int = 2
     expansion: int = 2
     patch: int = 4

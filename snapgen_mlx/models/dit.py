@@ -35,6 +35,27 @@ class TextCondition:
     keys_values: dict[str, list[tuple[mx.array, mx.array]]]
     mask: mx.array
 
+    def join(self, other: "TextCondition") -> "TextCondition":
+        """Both along the batch; the shorter one is padded with masked tokens."""
+        length = max(self.mask.shape[-1], other.mask.shape[-1])
+
+        def cat(a, b, axis):
+            pad = [
+                [(0, length - x.shape[axis]) if i == axis else (0, 0) for i in range(4)]
+                for x in (a, b)
+            ]
+            return mx.concatenate([mx.pad(a, pad[0]), mx.pad(b, pad[1])])
+
+        kv = {
+            stage: [
+                (cat(k, k2, 2), cat(v, v2, 2)) for (k, v), (k2, v2) in zip(own, theirs, strict=True)
+            ]
+            for (stage, own), theirs in zip(
+                self.keys_values.items(), other.keys_values.values(), strict=True
+            )
+        }
+        return TextCondition(kv, cat(self.mask, other.mask, 3))
+
 
 def to_windows(x: mx.array, size: int = 2) -> mx.array:
     """(B, h, w, C) -> (B, h/size, w/size, size²·C): row-major in the window, channel fastest."""

@@ -115,7 +115,7 @@ def scatter_add(full: dict, sub: dict, config: DiTConfig, index: int) -> dict:
         a, shape = out[path], out[path].shape
         # Split each grouped axis into (groups, units) so that one basic index names the slice.
         split_a, split_g, where = [], [], []
-        groups = _groups(path) + (0,) * (a.ndim - len(_groups(path)))
+        groups = (_groups(path) + (0,) * a.ndim)[: a.ndim]
         for n_a, n_g, k in zip(shape, g.shape, groups, strict=True):
             if k > 1:
                 split_a += [k, n_a // k]
