@@ -26,7 +26,7 @@ from snapgen_mlx.weights import save_tensors
 TEXTS = [
     "the cat's hat",
     "",
-    "A  SMILING cat,\twith 42 cats & the café 🐈!",
+    "A  SMILING cat,\twith 42 cats & the café (cafe\u0301) 🐈!",
     "the cat " * 60,
 ]
 
