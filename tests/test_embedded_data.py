@@ -16,7 +16,8 @@ def record(hexcode, label, tags=(), group=3):
 RECORDS = [
     record("1F63A", "grinning cat", ["cat", "face", "mouth", "open", "smile"], 0),
     record("1F63B", "smiling cat with heart-eyes", ["cat", "love", "heart", "smile"], 0),
-    record("1F431", "cat face", ["kitten", "kitty", "pet"]),
+    record("1F435", "monkey face", ["ape"]),
+    record("1F412", "monkey", ["ape"]),
     record("1F408", "cat", ["kitten", "pet"]),
     record("1F680", "rocket", ["launch", "space"], 5),
     record("1F453", "glasses", ["eyewear", "eye"], 7),
@@ -39,7 +40,8 @@ def test_select_keeps_one_of_each_kind():
     assert list(BY_LABEL) == [
         "grinning cat",
         "smiling cat with heart-eyes",
-        "cat face",
+        "monkey face",
+        "monkey",
         "cat",
         "rocket",
         "glasses",
@@ -98,12 +100,12 @@ def test_only_3d_captions_may_lack_a_style():
 
 def test_phrases_single_out_their_concept():
     finder = data.Phrases(CONCEPTS)
-    grinning, face = BY_LABEL["grinning cat"]["concept"], BY_LABEL["cat face"]["concept"]
+    grinning, face = BY_LABEL["grinning cat"]["concept"], BY_LABEL["monkey face"]["concept"]
     assert finder.identifies("a happy kitty", grinning)
     assert not finder.identifies(
         "a happy kitty", BY_LABEL["smiling cat with heart-eyes"]["concept"]
     )
-    assert not finder.identifies("a kitty", face)  # fits "cat" as well
+    assert not finder.identifies("an ape", face)  # fits "monkey" as well
     assert not finder.identifies("a happy rocket", BY_LABEL["rocket"]["concept"])
     assert not finder.identifies("", face)
 

@@ -352,8 +352,11 @@ def rasterise(drawing: bytes | str) -> Image.Image:
     return Image.open(io.BytesIO(drawing)).convert("RGBA")
 
 
-def build(out: Path, cache: Path) -> dict:
-    """Write the data set to `out` (which must not exist yet); returns the data card."""
+def build(out: Path, cache: Path, wanted: list[str]) -> dict:
+    """Write the `wanted` styles to `out` (which must not exist yet); returns the data card.
+
+    The split is the same whichever styles are wanted.
+    """
     archives = {use: fetch(name, version, cache) for use, (name, version, _) in SOURCES.items()}
     with tarfile.open(archives["words"]) as tar:
         records = json.load(tar.extractfile("package/en/data.json"))
@@ -375,6 +378,8 @@ def build(out: Path, cache: Path) -> dict:
         for concept in concepts:
             key = concept["concept"]
             for style, part in split_of(key, styles[key]).items():
+                if style not in wanted:
+                    continue
                 name = f"{key}-{style}.png"
                 framed(rasterise(drawings[style][key])).save(folder / part / name)
                 texts = captions(concept, style, train_phrases[key])
@@ -421,9 +426,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--cache", type=Path, help="where the packages are kept (default: beside)")
+    parser.add_argument("--styles", nargs="+", default=["3d", "flat", "cartoon"])
     args = parser.parse_args()
     try:
-        card = build(args.out, args.cache or args.out.parent / "cache")
+        card = build(args.out, args.cache or args.out.parent / "cache", args.styles)
     except SnapGenError as e:
         raise SystemExit(f"error: {e}") from None
     print(json.dumps(card, indent=2))
