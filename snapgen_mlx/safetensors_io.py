@@ -139,13 +139,17 @@ def as_array(data: np.ndarray, dtype: str) -> mx.array:
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
-def write_tensors(path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Iterable) -> None:
+def write_tensors(
+    path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Iterable, form: str = "mlx"
+) -> None:
     """Write ``tensors``, pairs (key, array) in the order of ``infos`` {key: (dtype, shape)}.
+
+    form: the metadata's "format", which tells libraries whose layouts these are.
 
     Only one array is held at a time. Raises SnapGenError when an array is not what ``infos``
     promised; OSError (disk full) passes through.
     """
-    header, position = {"__metadata__": {"format": "mlx"}}, 0
+    header, position = {"__metadata__": {"format": form}}, 0
     for key, (dtype, shape) in infos.items():
         stop = position + math.prod(shape) * dtype.size
         entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
@@ -160,8 +164,3 @@ def write_tensors(path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Itera
             if array.dtype == mx.bfloat16:
                 array = array.view(mx.uint16)
             f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
-
-
-def check_file(path) -> None:
-    """Raise SnapGenError unless ``path`` is a whole safetensors file."""
-    read_header(path)

@@ -1,0 +1,88 @@
+"""`snapgen-mlx convert`: a PyTorch checkpoint into an MLX model folder."""
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.argument("dest")
+@click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits of the large matrices.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights [default: the source's].",
+)
+@click.option("--only", help="Components, e.g. transformer,vae [default: all].")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--ema", is_flag=True, help="Take the EMA weights of a training checkpoint.")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a single file."
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would be written.")
+@click.option(
+    "--report", type=click.Path(dir_okay=False), help="Write a JSON table of all tensors."
+)
+def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run, report):
+    """Convert SOURCE, a PyTorch checkpoint, into DEST, a folder for MLX.
+
+    SOURCE is a Hub id (org/name or org/name@revision), a folder of a whole checkpoint or of one
+    of its models, or a weight file (.safetensors, .bin, .pt, .pth). An interrupted run goes on
+    where it was when started again.
+    """
+    import mlx.core as mx
+    from snapgen_mlx.convert.convert import convert as run
+    from snapgen_mlx.convert.convert import save_report
+
+    result = run(
+        source,
+        dest,
+        revision=revision,
+        only=only.split(",") if only else None,
+        dtype=getattr(mx, dtype) if dtype else None,
+        quantize=int(quantize) if quantize else None,
+        ema=ema,
+        config=config,
+        dry_run=dry_run,
+        progress=_progress(),
+    )
+    if report:
+        save_report(report, result)
+    for name, part in result["components"].items():
+        _print_component(name, part, result.get("written", {}).get(name))
+    done = {
+        "planned": f"would write {result['bytes'] / 1e6:.1f} MB to {dest}",
+        "converted": f"wrote {dest}",
+        "resumed": f"went on with an interrupted run and wrote {dest}",
+        "complete": f"{dest} holds this conversion already; nothing to do",
+    }
+    click.echo(done[result["status"]])
+
+
+def _progress():
+    from tqdm import tqdm
+
+    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, leave=False, disable=None)
+
+    def update(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return update
+
+
+def _print_component(name, part, written):
+    line = f"{name}: {part['parameters'] / 1e6:.1f} M parameters, {part['bytes'] / 1e6:.1f} MB"
+    if written:
+        layers = ", ".join(f"{n} in {kind}" for kind, n in written["layers"].items())
+        line += f", {written['bits_per_weight']:g} bits per weight ({layers})"
+    click.echo(line)
+    for prefix, count in part["prefixes"].items():
+        click.echo(f"  took the prefix {prefix!r} off {count} keys")
+    reasons = {}
+    for row in part["dropped"]:
+        reasons.setdefault(row["action"], []).append(row["source"])
+    for reason, keys in reasons.items():
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        click.echo(f"  {reason}: {keys[0]}{more}")

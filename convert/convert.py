@@ -1,0 +1,230 @@
+"""Checkpoint in, MLX model folder out: streamed, whole or not at all, resumable."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import SnapGenError
+from ..files import atomic_write
+from ..weights import FORMAT, read_json, write_json
+from .hub import commit_of, resolve
+from .plan import TOKENIZERS, Component, Row, find_components, plan
+from .write import check_disk, verify, write_components
+
+JOURNAL = "journal.json"
+
+
+def convert(
+    source,
+    dest,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    only: list[str] | None = None,
+    dtype: mx.Dtype | None = None,
+    quantize: int | None = None,
+    ema: bool = False,
+    config=None,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Convert a PyTorch checkpoint into an MLX model folder.
+
+    Args: source, a Hub id, a folder or a weight file; dest, the folder to make; only, component
+        names; dtype of the floating weights (default: the source's); quantize, 4 or 8 bits for the
+        matrices of the transformer and of Gemma (float32 sources then become bfloat16); ema, take
+        the EMA weights; config, the config.json of a single file; dry_run, only plan;
+        progress(bytes done, bytes in all).
+    Returns a report (JSON-ready) with a row per tensor. ``report["status"]`` is "planned",
+    "converted", "resumed" or "complete" (``dest`` held the same conversion already).
+
+    Nothing stands at ``dest`` before everything is there. An error leaves nothing behind; an
+    interruption leaves ``.DEST.partial``, from which the same call goes on. Raises SnapGenError,
+    UsageError for options that do not fit together.
+    """
+    dest = Path(dest).expanduser().absolute()
+    path = resolve(source, revision, token)
+    components, index = find_components(path, only, config)
+    for component in components.values():
+        plan(component, dtype, quantize, ema)
+    settings = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
+    report = _report(source, path, settings, components)
+    if dry_run:
+        return report | {"status": "planned"}
+    report["files"] = _hash(path, components)
+    head = _head(path, index, report)
+    if _is_complete(dest, components, head):
+        return report | {"status": "complete", "written": verify(dest, components)}
+
+    partial = dest.parent / f".{dest.name}.partial"
+    resumed = _open_partial(partial, head)
+    try:
+        check_disk(partial, components)
+        write_components(partial, components, "mlx", progress)
+        for component in components.values():
+            _copy_tokenizer(component, partial)
+            write_json(partial / component.name / "config.json", component.config)
+        write_json(partial / "config.json", head)
+        with atomic_write(partial / "README.md") as tmp:
+            tmp.write_text(_card(report))
+        report["written"] = verify(partial, components)
+        (partial / JOURNAL).unlink()
+        os.replace(partial, dest)
+    except SnapGenError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SnapGenError(f"cannot write {dest}: {e.strerror or e}") from e
+    return report | {"status": "resumed" if resumed else "converted"}
+
+
+# --- before writing
+
+
+def _name(dtype: mx.Dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("mlx.core.")
+
+
+def _report(source, path, settings, components) -> dict:
+    return {
+        "source": str(source),
+        "revision": commit_of(path),
+        **settings,
+        "bytes": sum(c.nbytes for c in components.values()),
+        "components": {
+            name: {
+                "bytes": c.nbytes,
+                "parameters": c.parameters,
+                "prefixes": c.wrappers,
+                "tensors": [_row(row) | {"bytes": row.nbytes} for row in c.rows],
+                "dropped": [_row(row) for row in c.dropped],
+            }
+            for name, c in components.items()
+        },
+    }
+
+
+def _row(row: Row) -> dict:
+    return {
+        "source": row.source,
+        "target": row.target,
+        "shape": list(row.shape),
+        "dtype": _name(row.dtype),
+        "action": row.action,
+    }
+
+
+def _hash(path: Path, components: dict[str, Component]) -> dict[str, str]:
+    """{file: sha256} of all that is read. Raises SnapGenError where a download is damaged."""
+    root = path if path.is_dir() else path.parent
+    hashes = {}
+    for component in components.values():
+        for file in [component.config_file, *component.reader.files]:
+            try:
+                with open(file, "rb") as f:
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+            except OSError as e:
+                raise SnapGenError(f"cannot read {file}: {e.strerror}") from e
+            # The Hub's cache names large files by their checksum.
+            blob = file.resolve().name
+            if file.is_symlink() and len(blob) == 64 and blob != digest:
+                raise SnapGenError(
+                    f"{file} does not have its checksum; delete {file.resolve()} and run again"
+                )
+            hashes[os.path.relpath(file, root)] = digest
+    return hashes
+
+
+def _head(path: Path, index: dict, report: dict) -> dict:
+    """The model's config.json."""
+    sampling = {"steps": 28, "guidance": 4.0, "shift": 3.0, "size": 1024}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        sampling["shift"] = read_json(scheduler).get("shift", sampling["shift"])
+    if isinstance(index.get("sampling"), dict):
+        sampling |= index["sampling"]
+    keys = ("source", "revision", "quantize", "dtype", "ema", "files")
+    return {**FORMAT, "sampling": sampling, "source": {key: report[key] for key in keys}}
+
+
+def _is_complete(dest: Path, components, head: dict) -> bool:
+    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
+        return False
+    here = [name for name in components if (dest / name).is_dir()]
+    if (dest / "config.json").is_file() and len(here) == len(components):
+        there = read_json(dest / "config.json").get("source")
+        if isinstance(there, dict) and _identity(there) == _identity(head["source"]):
+            return True
+    raise SnapGenError(
+        f"{dest} already exists and holds something else; choose another folder or remove it"
+    )
+
+
+def _identity(source: dict) -> dict:
+    return {k: v for k, v in source.items() if k not in ("source", "revision")}
+
+
+def _open_partial(partial: Path, head: dict) -> bool:
+    """Make or re-open the working folder; True when it holds this very conversion's beginning."""
+    journal = partial / JOURNAL
+    if journal.is_file() and read_json(journal) == head:
+        return True
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as e:
+        raise SnapGenError(f"cannot write {partial}: {e.strerror}; choose another place") from e
+    write_json(journal, head)
+    return False
+
+
+# --- after writing
+
+
+def _copy_tokenizer(component: Component, partial: Path) -> None:
+    if component.rules is None and component.path.is_dir():  # its vocabulary stands beside it
+        for file in component.path.glob("*.txt"):
+            shutil.copyfile(file, partial / component.name / file.name)
+    for file in component.tokenizer_files:
+        target = partial / TOKENIZERS[component.name]
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.name)
+
+
+def _card(report: dict) -> str:
+    made = f"from `{report['source']}`"
+    if report["revision"]:
+        made += f" at revision `{report['revision']}`"
+    if report["quantize"]:
+        made += f", quantized to {report['quantize']} bits"
+    lines = [
+        "---",
+        "library_name: mlx",
+        "pipeline_tag: text-to-image",
+        "tags: [mlx, snapgen]",
+        "---",
+        "",
+        "# SnapGen++ for MLX",
+        "",
+        f"Converted by snapgen-mlx {made}. The terms of the original weights hold for these.",
+        "",
+        '    snapgen-mlx generate "a smiling cat" -m THIS_FOLDER',
+        "",
+        "| component | parameters | MB |",
+        "|---|---|---|",
+    ]
+    for name, part in report["components"].items():
+        lines.append(f"| {name} | {part['parameters'] / 1e6:.1f} M | {part['bytes'] / 1e6:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def save_report(path, report: dict) -> None:
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,33 @@
+"""Gemma 3's text tower: names of any Gemma 3 checkpoint to mlx-lm's."""
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..models.gemma_text import GemmaText, text_keys
+from .steps import COPY, Drop, Step
+
+
+def config(source: dict) -> dict:
+    return source.get("text_config", source) | {"model_type": "gemma3_text"}
+
+
+def shapes(source: dict) -> dict[str, tuple]:
+    return {k: a.shape for k, a in tree_flatten(GemmaText(config(source)).parameters())}
+
+
+def route(key: str) -> dict[str, Step] | Drop:
+    if names := list(text_keys({key: None})):
+        return {names[0]: COPY}
+    return Drop("the LM head, not called" if "lm_head" in key else "the image tower")
+
+
+def back(key: str, a: mx.array) -> tuple[str, mx.array]:
+    return key, a
+
+
+def group_size(source: dict) -> int:
+    return 64
+
+
+def bits(path: str, bits: int) -> int:
+    return bits
