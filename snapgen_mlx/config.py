@@ -139,7 +139,7 @@ class DiTConfig:
                 cross_kv_heads=4,
                 caption_dim=256,
                 text_dims={"static": 128},
-                layers=[2, 4, 3],
+                layers=[1, 6, 2],
                 bna_blocks=4,
             )
         full = cls()

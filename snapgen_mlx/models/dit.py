@@ -10,11 +10,16 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import DiTConfig
 from .attention import EPS, CrossAttention, SelfAttention, rope_table
 
 TIME_FREQUENCIES = 128
+# On the host: at angles near 1000 one ulp of a device's exp is 6e-5. The exponent is rounded to
+# float32 as PyTorch does.
+_exponents = np.float32(-math.log(10000) / TIME_FREQUENCIES) * np.arange(128, dtype=np.float32)
+FREQUENCIES = np.exp(_exponents.astype(np.float64)).astype(np.float32)
 
 
 @dataclass
@@ -129,13 +134,17 @@ class TimeEmbedding(nn.Module):
         self.modulation = nn.Linear(d, 6 * d)
 
     def __call__(self, t: mx.array) -> TimeCondition:
-        i = mx.arange(TIME_FREQUENCIES, dtype=mx.float32)
-        freqs = mx.exp(-math.log(10000) / TIME_FREQUENCIES * i)
-        angles = 1000 * t.astype(mx.float32)[:, None] * freqs
+        angles = 1000 * t.astype(mx.float32)[:, None] * mx.array(FREQUENCIES)
         x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
         dtype = self.fc1.bias.dtype
         temb = self.fc2(nn.silu(self.fc1(x.astype(dtype))))
         return TimeCondition(self.modulation(nn.silu(temb)).reshape(len(t), 6, -1), temb)
+
+
+@partial(mx.compile, shapeless=True)
+def gelu_tanh(x: mx.array) -> mx.array:
+    """GELU in its tanh form; (1 + tanh(z)) / 2 = sigmoid(2z), which costs half of tanh on CPU."""
+    return x * mx.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class FeedForward(nn.Module):
@@ -145,7 +154,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, d)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu_approx(self.fc1(x)))
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -76,7 +76,8 @@ def _leading(a: mx.array, groups: tuple[int, ...], width: float, path: str) -> m
         a = a.reshape(*shape[:axis], g, -1, *shape[axis + 1 :])
         a = a[(slice(None),) * (axis + 1) + (slice(0, int(keep)),)]
         a = a.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-    return a
+    # Not a view: it would hold the whole parent, and strided matmuls round differently.
+    return a if width == 1 else mx.contiguous(a)
 
 
 def slice_flat(params: dict, config: DiTConfig, index: int) -> dict:

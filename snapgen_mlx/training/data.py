@@ -85,7 +85,7 @@ class LatentDataset:
         return digest.hexdigest()
 
     def text(self, prompts: list[str]) -> tuple[dict, dict]:
-        """States and masks by encoder, padded to a multiple of 8 tokens so that few shapes occur."""
+        """States and masks by encoder, padded to a multiple of 8 tokens: few shapes."""
         text, masks = {}, {}
         for encoder in self.encoders:
             states, mask = encoder.encode(prompts)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -55,6 +56,12 @@ def norm(grads: dict) -> mx.array:
 def shared(params: dict) -> dict:
     """The parameters that widths share (all but the banks)."""
     return {k: a for k, a in params.items() if bank_index(k) is None}
+
+
+def average(grads: dict, loss: mx.array) -> tuple[dict, mx.array]:
+    """Mean of flat gradients and a loss over the processes of ``mlx.launch``."""
+    *arrays, loss = nn.average_gradients([*grads.values(), loss])
+    return dict(zip(grads, arrays, strict=True)), loss
 
 
 class ElasticTrainer:
@@ -121,6 +128,7 @@ class ElasticTrainer:
     def step(self, x0, eps, t, text, masks, subnets: list[int]) -> dict[str, mx.array]:
         """One update on latents x0 (B, H, W, C), noise eps alike, t (B,), encoder states.
 
+        Under ``mlx.launch`` each process gives its share of the batch; gradients are averaged.
         ``subnets``: indices of the narrower widths trained beside the full one. Returns scalars
         by name: the flow loss of each width trained, w and cosine per subnet, gradient norm.
         """
@@ -130,10 +138,12 @@ class ElasticTrainer:
         loss, v_full, grads = self._grads[self.full](self.params, batch, target, None)
         # The full width's graph is freed before the narrower one is built.
         mx.eval(loss, v_full, grads)
+        grads, loss = average(grads, loss)
         metrics = {f"loss/{names[self.full]}": loss}
         grads = self._into_bank(grads)
         for i in subnets:
             loss, _, sub = self._grads[i](self.params, batch, target, v_full)
+            sub, loss = average(sub, loss)
             grads, self.ratios[str(i)], weight, cosine = self._merges[i](
                 grads, sub, self.ratios[str(i)]
             )

@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
-from ..errors import SnapGenError
+from ..errors import SnapGenError, UsageError
 from ..models.elastic import slice_flat
 from .checkpoint import load_state, save_state
 from .data import LatentDataset
@@ -42,10 +42,13 @@ def train(
 
     Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
     step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when
-    ``minutes`` ran out. Validation uses the averaged weights on fixed noise. Raises SnapGenError when the state in
-    ``run`` is of other data or options.
+    ``minutes`` ran out. Validation uses the averaged weights on fixed noise. Raises SnapGenError
+    when the state in ``run`` is of other data or options.
     """
     o = options
+    world = mx.distributed.init()
+    if o.batch % world.size():
+        raise UsageError(f"the batch of {o.batch} does not divide among {world.size()} processes")
     trainer = ElasticTrainer(config, params, o.elastic)
     settings = asdict(o)
     for name in ("minutes", "save_minutes", "log_every", "validate_every"):
@@ -69,12 +72,18 @@ def train(
         k_noise, k_time = mx.random.split(mx.random.key((o.seed << 32) + step))
         eps = mx.random.normal(x0.shape, key=k_noise)
         t = sample_timesteps(k_time, o.batch, o.elastic.shift)
+        # Every process draws the whole batch and keeps its share, so that n processes repeat one.
+        mine = slice(world.rank(), None, world.size())
+        x0, eps, t = x0[mine], eps[mine], t[mine]
+        text, masks = ({k: a[mine] for k, a in d.items()} for d in (text, masks))
         subnets = [int(rng.integers(trainer.full))] if trainer.full else []
         metrics = trainer.step(x0, eps, t, text, masks, subnets)
         window.append({k: v.item() for k, v in metrics.items()})
         step += 1
         now = time.monotonic()
-        out_of_time = o.minutes is not None and now - started > o.minutes * 60
+        # Processes stop together, as soon as one finds the time over.
+        over = o.minutes is not None and now - started > o.minutes * 60
+        out_of_time = mx.distributed.all_sum(mx.array(int(over))).item() > 0
         last = step == o.elastic.steps or out_of_time
         if step % o.log_every == 0 or last:
             record = {"step": step}
@@ -90,7 +99,8 @@ def train(
                 record |= {"done": step == o.elastic.steps}
             window, since = [], time.monotonic()
         if last or now - saved > o.save_minutes * 60:
-            save_state(run, step, trainer.state(), identity)
+            if world.rank() == 0:
+                save_state(run, step, trainer.state(), identity)
             saved = time.monotonic()
         if not window:
             yield record
