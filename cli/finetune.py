@@ -2,8 +2,6 @@
 
 import click
 
-from .common import friendly
-
 
 @click.command()
 @click.argument("model", type=click.Path(file_okay=False))
@@ -16,7 +14,6 @@ from .common import friendly
 @click.option("--warmup", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@friendly
 def finetune(model, data, output, steps, minutes, batch, learning_rate, warmup, validation, seed):
     """Train every width of MODEL together on the pictures in DATA.
 

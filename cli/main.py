@@ -4,12 +4,35 @@ import importlib
 
 import click
 
+from snapgen_mlx.errors import SnapGenError, UsageError
+
 COMMANDS = {
+    "generate": "Make pictures from words.",
+    "convert": "Turn a PyTorch checkpoint into an MLX model.",
+    "export": "Write an MLX model back as a PyTorch checkpoint.",
     "finetune": "Train all widths of a model on your own pictures.",
 }
 
 
-class LazyGroup(click.Group):
+class Commands(click.Group):
+    """Loads a command when it is asked for and turns errors into one line.
+
+    Exit code 2 for a request that cannot be met, 1 for a failure.
+    """
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as e:
+            if ctx.params["debug"]:
+                raise
+            known = isinstance(e, SnapGenError)
+            line = str(e) if known else f"unexpected {type(e).__name__}: {e} (--debug shows where)"
+            click.echo("error: " + " ".join(line.split()), err=True)
+            ctx.exit(2 if isinstance(e, UsageError) else 1)
+
     def list_commands(self, ctx):
         return list(COMMANDS)
 
@@ -24,7 +47,7 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="snapgen-mlx")
 def main(debug):

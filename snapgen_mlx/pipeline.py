@@ -1,25 +1,250 @@
 """Words to picture: load, encode the text, denoise, decode."""
 
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 
-from .errors import SnapGenError
-from .weights import assign, load_config, load_tensors
+import mlx.core as mx
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from . import __version__
+from .errors import SnapGenError, UsageError
+from .files import atomic_write
+from .sampling import Step, denoise, schedule
+from .weights import FORMAT, assign, compute_dtype, load_config, load_dit, load_tensors
+
+PIXEL_MULTIPLE = 64
+MAX_PIXELS = 2048  # a side
+MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
+TILE_FROM = 64  # latents with a longer side are decoded in tiles
+TILE = 32
+METADATA_KEY = "snapgen-mlx"
+
+
+def embedded_model() -> Path:
+    """Folder of the model that is shipped with the package."""
+    folder = Path(str(resources.files("snapgen_mlx") / "assets" / "embedded"))
+    if not (folder / "config.json").is_file():
+        raise SnapGenError(f"the embedded model is missing at {folder}; reinstall snapgen-mlx")
+    return folder
+
+
+def resolve_model(source) -> Path:
+    """Local folder of a model: None for the embedded one, a folder, or a Hub id."""
+    if source is None:
+        return embedded_model()
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        from snapgen_mlx.convert.hub import resolve
+
+        folder = resolve(source)
+    if not folder.is_dir():
+        raise SnapGenError(f"{folder} is not a model folder")
+    if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        raise SnapGenError(
+            f"{source} holds a PyTorch model; first: snapgen-mlx convert {source} DIR"
+        )
+    config = load_config(folder)
+    if config.get("format") != FORMAT["format"]:
+        what = config.get("_class_name") or config.get("model_type") or "something else"
+        raise SnapGenError(f"{folder / 'config.json'} is of {what}, not of a snapgen-mlx model")
+    return folder
 
 
 def load_vae(folder):
-    """The autoencoder of a model folder."""
-    from .models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
-
+    """The autoencoder of a model folder, whichever it is."""
     folder = Path(folder) / "vae"
     config = load_config(folder)
-    if config.get("_class_name") != "SnapGenAutoencoder":
-        raise SnapGenError(f"{folder}: unknown autoencoder {config.get('_class_name')!r}")
-    vae = SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(config))
-    return assign(vae, load_tensors(folder), folder)
+    tensors = load_tensors(folder)
+    match config.get("_class_name"):
+        case "SnapGenAutoencoder":
+            from .models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+
+            vae = SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(config))
+            # Its few convolutions cost nothing in float32, and white stays white.
+            return assign(vae, {k: a.astype(mx.float32) for k, a in tensors.items()}, folder)
+        case "AutoencoderKLQwenImage":
+            from .models.vae import AutoencoderKLQwenImage, VAEConfig
+
+            vae = AutoencoderKLQwenImage(VAEConfig.from_dict(config))
+            return assign(vae, {k: a.astype(compute_dtype()) for k, a in tensors.items()}, folder)
+        case other:
+            raise SnapGenError(f"{folder / 'config.json'}: unknown autoencoder {other!r}")
 
 
 def load_text_encoders(folder) -> list:
-    """The text encoders of a model folder."""
-    from .models.static_text import StaticText
+    """The text encoders of a model folder; a folder may lack either or both."""
+    folder = Path(folder)
+    encoders = []
+    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if not (folder / name).is_dir():
+            continue
+        kind = load_config(folder / name).get("model_type")
+        if kind == "static_text":
+            from .models.static_text import StaticText
 
-    return [StaticText.load(Path(folder) / "text_encoder")]
+            encoders.append(StaticText.load(folder / name))
+        elif kind == "clip_text_model":
+            from .models.clip_text import CLIPText
+
+            encoders.append(CLIPText.load(folder / name, folder / tokenizer))
+        elif kind in ("gemma3_text", "gemma3"):
+            from .models.gemma_text import GemmaText
+
+            encoders.append(GemmaText.load(folder / name, folder / tokenizer))
+        else:
+            raise SnapGenError(f"{folder / name / 'config.json'}: unknown text encoder {kind!r}")
+    return encoders
+
+
+@dataclass
+class Settings:
+    """Everything a picture depends on beside the model's weights."""
+
+    prompt: str
+    seed: int = 0
+    steps: int = 4
+    guidance: float = 1.0
+    shift: float = 3.0
+    width: int = 1024  # pixels
+    height: int = 1024
+    negative: str | None = None
+
+    def __post_init__(self):
+        if not self.prompt.strip():
+            raise UsageError("the prompt is empty; say what the picture should show")
+        for text in (self.prompt, self.negative or ""):
+            if len(text) > MAX_PROMPT:
+                raise UsageError(f"a prompt of {len(text)} characters; {MAX_PROMPT} is the most")
+        for n in (self.width, self.height):
+            if n % PIXEL_MULTIPLE or not 0 < n <= MAX_PIXELS:
+                raise UsageError(
+                    f"size {self.width}x{self.height}: width and height must be multiples of "
+                    f"{PIXEL_MULTIPLE} pixels, {MAX_PIXELS} at most"
+                )
+        if not 1 <= self.steps <= 1000:
+            raise UsageError(f"{self.steps} steps; it must be 1 to 1000")
+        if not 0 <= self.guidance <= 100:
+            raise UsageError(f"guidance {self.guidance}; it must be 0 to 100")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
+
+
+class Pipeline:
+    """A loaded model: ``generate`` for a picture, or ``stream`` and ``decode`` step by step."""
+
+    def __init__(self, folder, variant: str | None = None):
+        self.folder = Path(folder)
+        self.config = load_config(self.folder)
+        self.dit = load_dit(self.folder, variant)
+        self.vae = load_vae(self.folder)
+        self.encoders = load_text_encoders(self.folder)
+
+    @classmethod
+    def load(cls, source=None, variant: str | None = None) -> "Pipeline":
+        """Load the embedded model (None), a model folder, or a Hub id at one width.
+
+        Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
+        """
+        return cls(resolve_model(source), variant)
+
+    @property
+    def variant(self) -> str:
+        return self.dit.config.variants[0]
+
+    def settings(self, prompt: str, **given) -> Settings:
+        """Settings for a picture; what is not given (or None) comes from the model's config."""
+        sampling = self.config.get("sampling", {})
+        size = sampling.get("size", 1024)
+        defaults = {"width": size, "height": size}
+        defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
+        return Settings(prompt, **defaults | {k: v for k, v in given.items() if v is not None})
+
+    def encode(self, texts: list[str]) -> tuple[dict, dict]:
+        """States and masks of texts by encoder name, as ``DiT`` takes them."""
+        encoded = {encoder.name: encoder.encode(texts) for encoder in self.encoders}
+        text, masks = ({k: pair[i] for k, pair in encoded.items()} for i in (0, 1))
+        if encoded and not mx.all(mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1)):
+            raise UsageError("the prompt has no word that this model knows")
+        return text, masks
+
+    def stream(self, settings: Settings) -> Iterator[Step]:
+        """Denoise, yielding every step after its evaluation; decode ``step.x`` of the last one.
+
+        Raises UsageError when the size does not suit the model.
+        """
+        s = settings
+        text, masks = self.encode([s.prompt])
+        negative = self.encode([s.negative]) if s.negative and s.negative.strip() else None
+        h, w = s.height // 8, s.width // 8
+        config = self.dit.config
+        tokens = h * w // config.patch_size**2
+        if h % config.token_multiple or w % config.token_multiple or tokens % config.bna_blocks:
+            raise UsageError(f"this model cannot make {s.width}x{s.height}; try other multiples")
+        key = mx.random.key(s.seed)
+        noise = mx.random.normal((1, h, w, config.in_channels), key=key)
+        sigmas = schedule(s.steps, s.shift)
+        for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
+            mx.eval(step.x, step.x0)
+            yield step
+
+    def decode(self, latents: mx.array) -> Image.Image:
+        """Picture of a normalised latent (1, h, w, C)."""
+        if max(latents.shape[1:3]) > TILE_FROM:
+            image = self.vae.decode(latents, tile=TILE)
+        else:
+            image = self.vae.decode(latents)
+        image = mx.round((image[0].astype(mx.float32) + 1) * 127.5).astype(mx.uint8)
+        return Image.fromarray(np.array(image))
+
+    def generate(self, prompt: str, **settings) -> Image.Image:
+        """Picture for a prompt. Keywords: seed, steps, guidance, shift, width, height, negative.
+
+        The same settings give the same picture on the same machine. Raises UsageError for
+        settings that cannot be met.
+        """
+        for step in self.stream(self.settings(prompt, **settings)):  # noqa: B007
+            pass
+        return self.decode(step.x)
+
+    def metadata(self, settings: Settings) -> dict:
+        """What reproduces a picture, for its PNG."""
+        source = self.config.get("source", {})
+        return {
+            **asdict(settings),
+            "variant": self.variant,
+            "model": source.get("name", self.folder.name),
+            "version": __version__,
+        }
+
+
+def save_png(image: Image.Image, path, metadata: dict) -> Path:
+    """Write a PNG with its settings inside, whole or not at all; never over another file.
+
+    Returns the path used: ``path``, or the first free ``path-2``, ``path-3``, ... beside it.
+    """
+    path = Path(path)
+    free, n = path, 1
+    while free.exists():
+        n += 1
+        free = path.with_stem(f"{path.stem}-{n}")
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA_KEY, json.dumps(metadata))
+    with atomic_write(free) as tmp:
+        image.save(tmp, format="PNG", pnginfo=info)
+    return free
+
+
+def read_metadata(path) -> dict:
+    """Settings inside a PNG that ``save_png`` wrote. Raises SnapGenError when there are none."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.text[METADATA_KEY])
+        return {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
+    except OSError as e:
+        raise SnapGenError(f"cannot read the picture {path}: {e}") from e
+    except (AttributeError, KeyError, ValueError, TypeError) as e:
+        raise SnapGenError(f"{path} holds no settings of snapgen-mlx") from e

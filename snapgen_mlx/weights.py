@@ -135,6 +135,18 @@ def dequantize(tensors: dict[str, mx.array], shapes: dict[str, tuple]) -> dict[s
     return out
 
 
+def quantize_like(module: nn.Module, tensors: dict[str, mx.array]) -> None:
+    """Make those layers quantized whose weights are packed in ``tensors`` (affine)."""
+
+    def how(path: str, layer: nn.Module):
+        if f"{path}.scales" not in tensors:
+            return False
+        n, packed = layer.weight.shape[-1], tensors[f"{path}.weight"].shape[-1]
+        return {"group_size": n // tensors[f"{path}.scales"].shape[-1], "bits": packed * 32 // n}
+
+    nn.quantize(module, class_predicate=how)
+
+
 def load_supernet(folder) -> tuple[DiTConfig, dict[str, mx.array]]:
     """Configuration and flat parameters of a transformer folder, unsliced and as stored."""
     folder = Path(folder)
@@ -158,7 +170,11 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None):
     index = config.variant_index(variant or config.variants[-1])
     dit = DiT(config.variant(index) if len(config.widths) > 1 else config)
     tensors = slice_flat(tensors, config, index)
-    shapes = {k: a.shape for k, a in tree_flatten(dit.parameters())}
-    tensors = dequantize(tensors, shapes)
     dtype = dtype or compute_dtype()
-    return assign(dit, {k: a.astype(dtype) for k, a in tensors.items()}, folder)
+    if mx.default_device() == mx.gpu:
+        quantize_like(dit, tensors)
+    else:  # quantized matmuls crawl on a CPU
+        tensors = dequantize(tensors, {k: a.shape for k, a in tree_flatten(dit.parameters())})
+    # Packed weights are integers and stay as they are.
+    tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
+    return assign(dit, tensors, folder)
