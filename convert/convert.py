@@ -174,6 +174,8 @@ def _open_partial(partial: Path, head: dict) -> bool:
     """Make or re-open the working folder; True when it holds this very conversion's beginning."""
     journal = partial / JOURNAL
     if journal.is_file() and read_json(journal) == head:
+        for unfinished in partial.rglob(".*.safetensors"):  # left by a process that was killed
+            unfinished.unlink()
         return True
     try:
         if partial.exists():

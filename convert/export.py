@@ -13,7 +13,7 @@ from ..weights import dequantize, load_config, write_json
 from . import vae
 from .formats import Info, name_some, open_weights
 from .hub import COMPONENTS
-from .plan import TOKENIZERS, Component, Row, kind, tokenizer_files
+from .plan import TOKENIZERS, Component, Row, as_they_are, kind, tokenizer_files
 from .steps import COPY, Step
 from .write import check_disk, verify, write_components
 
@@ -110,10 +110,7 @@ def _component(folder: Path) -> Component:
     component.config = {k: v for k, v in config.items() if k != "quantization"}
     component.reader = reader = open_weights(folder)
     if rules is None:
-        component.rows = [
-            Row(key, info.shape, COPY.action, key, DTYPES[info.dtype], step=COPY)
-            for key, info in reader.infos.items()
-        ]
+        component.rows = as_they_are(reader)
         return component
     shapes = rules.shapes(config)
     component.reader = reader = _Floats(reader, shapes)

@@ -47,7 +47,7 @@ def commit_of(path) -> str | None:
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
     import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     at = f"{repo}@{revision}" if revision else repo
     page = f"https://huggingface.co/{repo}"
@@ -56,7 +56,7 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
     try:
         try:
             # snapshot_download would wait for the listing for ever.
-            patience = hub.constants.HF_HUB_ETAG_TIMEOUT
+            patience = constants.HF_HUB_ETAG_TIMEOUT
             hub.HfApi(token=token).model_info(repo, revision=revision, timeout=patience)
         except (http_error, errors.OfflineModeIsEnabled) as e:
             refused = isinstance(e, errors.HfHubHTTPError) and e.response.status_code < 500

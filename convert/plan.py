@@ -14,6 +14,8 @@ from .formats import name_some, open_weights
 from .hub import COMPONENTS
 from .steps import COPY, Drop, Step
 
+# What a weight may be stored as, and becomes.
+FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16, "F64": mx.float32}
 # Wrappers that training loops leave around a model's keys, outside and inside.
 PREFIXES = ("module.", "model.", "transformer.", "state_dict.", "model_state_dict.")
 EMA_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_state_dict.")
@@ -187,27 +189,16 @@ def plan(
     """
     reader = component.reader = open_weights(component.path)
     rules, where = component.rules, component.path
-    for key, info in reader.infos.items():
-        if info.dtype not in DTYPES and info.dtype != "F64":
-            raise SnapGenError(
-                f"{where}: {key!r} has the dtype {info.dtype}, which cannot be converted; save it "
-                "as BF16, F16 or F32"
-            )
     if rules is None:
         component.config = component.source_config
-        component.rows = [
-            Row(key, info.shape, COPY.action, key, DTYPES[info.dtype], step=COPY)
-            for key, info in reader.infos.items()
-        ]
+        component.rows = as_they_are(reader)
         return component
     try:
         component.config = rules.config(component.source_config)
         shapes = rules.shapes(component.source_config)
-    except SnapGenError:
-        raise
     except Exception as e:  # whatever a foreign or damaged config makes of a model's constructor
         why = (str(e) or type(e).__name__).splitlines()[0]
-        raise SnapGenError(f"the config.json of {where} describes no model: {why}") from e
+        raise SnapGenError(f"{component.config_file} does not describe {where}: {why}") from e
     used = _used(component, shapes, ema)
     group = rules.group_size(component.source_config) if _quantizes(rules, quantize) else None
     overrides = {}
@@ -215,12 +206,11 @@ def plan(
         info = reader.infos[key]
         for target, step in targets.items():
             row = _row(key, info, target, step, shapes[target], where)
-            floating = mx.issubdtype(row.dtype, mx.floating)
-            if dtype is not None and floating:
+            if dtype is not None:
                 row.dtype = dtype
             elif quantize and row.dtype == mx.float32:
                 row.dtype = mx.bfloat16  # 32-bit scales would undo the saving
-            is_matrix = len(row.shape) == 2 and target.endswith(".weight") and floating
+            is_matrix = len(row.shape) == 2 and target.endswith(".weight")
             if group and is_matrix and row.shape[1] % group == 0:
                 layer = target.removesuffix(".weight")
                 row.group, row.bits = group, rules.bits(layer, quantize)
@@ -238,14 +228,29 @@ def plan(
     return component
 
 
+def as_they_are(reader) -> list[Row]:
+    """Rows of a model that is the same on both sides."""
+    rows = []
+    for key, info in reader.infos.items():
+        if info.dtype not in DTYPES:
+            raise SnapGenError(f"{reader.files[0]}: {key!r} has the dtype {info.dtype}, unfit here")
+        rows.append(Row(key, info.shape, COPY.action, key, DTYPES[info.dtype], step=COPY))
+    return rows
+
+
 def _quantizes(rules, quantize) -> bool:
     return bool(quantize) and hasattr(rules, "group_size")
 
 
 def _row(key, info, target, step, shape, where) -> Row:
+    if info.dtype not in FLOATS:
+        raise SnapGenError(
+            f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
+            f"{', '.join(FLOATS)}"
+        )
     try:
         got = step.apply(mx.zeros(info.shape)).shape  # lazy: nothing is allocated
-    except (ValueError, IndexError) as e:
+    except (ValueError, IndexError, TypeError, OverflowError) as e:
         raise SnapGenError(
             f"{where}: {key!r} has the shape {info.shape}, unfit for {target}"
         ) from e
@@ -254,9 +259,7 @@ def _row(key, info, target, step, shape, where) -> Row:
             f"{where}: {key!r} of shape {info.shape} gives {tuple(got)}, but {target} has "
             f"{tuple(shape)}"
         )
-    return Row(
-        key, tuple(shape), step.action, target, DTYPES.get(info.dtype, mx.float32), step=step
-    )
+    return Row(key, tuple(shape), step.action, target, FLOATS[info.dtype], step=step)
 
 
 def _used(component, shapes, ema) -> dict[str, tuple[dict[str, Step], bool]]:
