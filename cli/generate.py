@@ -68,8 +68,9 @@ def generate(prompts, model, variant, seeds, count, output, source, **given):
     jobs = [(pipe.settings(prompt, seed=seed, **given), path) for prompt, seed, path in jobs]
     for settings, path in jobs:
         started = time.perf_counter()
+        steps = pipe.stream(settings)
         with tqdm(total=settings.steps, desc=settings.prompt[:40], unit="step") as bar:
-            for step in pipe.stream(settings):
+            for step in steps:
                 seconds = (time.perf_counter() - started) / (step.index + 1)
                 bar.set_postfix_str(f"{seconds:.2f} s/step", refresh=False)
                 bar.update()

@@ -174,7 +174,7 @@ class Pipeline:
     def stream(self, settings: Settings) -> Iterator[Step]:
         """Denoise, yielding every step after its evaluation; decode ``step.x`` of the last one.
 
-        Raises UsageError when the size does not suit the model.
+        Raises UsageError at once when the prompt or the size does not suit the model.
         """
         s = settings
         text, masks = self.encode([s.prompt])
@@ -187,9 +187,13 @@ class Pipeline:
         key = mx.random.key(s.seed)
         noise = mx.random.normal((1, h, w, config.in_channels), key=key)
         sigmas = schedule(s.steps, s.shift)
-        for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
-            mx.eval(step.x, step.x0)
-            yield step
+
+        def evaluated():
+            for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
+                mx.eval(step.x, step.x0)
+                yield step
+
+        return evaluated()
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Picture of a normalised latent (1, h, w, C)."""

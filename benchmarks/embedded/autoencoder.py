@@ -1,6 +1,9 @@
 """Train the embedded model's autoencoder: DATA (ImageFolder) -> OUT (a ``vae/`` folder).
 
-python -m benchmarks.embedded.autoencoder DATA RUN OUT [--steps N]; resumes from RUN.
+python -m benchmarks.embedded.autoencoder DATA RUN OUT [--steps N] [--decoder-only]
+
+Resumes from RUN. With --decoder-only the encoder in OUT stays as it is and its decoder is trained
+further on whole pictures.
 """
 
 import argparse
@@ -14,7 +17,7 @@ from PIL import Image
 
 from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
 from snapgen_mlx.training.autoencoder import AutoencoderTraining, train_autoencoder
-from snapgen_mlx.weights import save_tensors, write_json
+from snapgen_mlx.weights import assign, load_config, load_tensors, save_tensors, write_json
 
 
 def load_images(folder: Path) -> np.ndarray:
@@ -29,12 +32,22 @@ def main():
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=AutoencoderTraining.steps)
+    parser.add_argument("--decoder-only", action="store_true")
     args = parser.parse_args()
 
+    options = AutoencoderTraining(steps=args.steps)
     mx.random.seed(0)
-    model = SnapGenAutoencoder(SnapGenAutoencoderConfig())
+    config = SnapGenAutoencoderConfig()
+    if args.decoder_only:
+        options = dataclasses.replace(
+            options, decoder_only=True, crop=128, batch=6, learning_rate=5e-4, ema=0.99
+        )
+        config = SnapGenAutoencoderConfig.from_dict(load_config(args.out))
+    model = SnapGenAutoencoder(config)
+    if args.decoder_only:
+        assign(model, load_tensors(args.out), args.out)
     images = load_images(args.data / "train")
-    for record in train_autoencoder(model, images, args.run, AutoencoderTraining(steps=args.steps)):
+    for record in train_autoencoder(model, images, args.run, options):
         print(" ".join(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
 
     errors = []

@@ -26,6 +26,7 @@ class AutoencoderTraining:
     latent_penalty: float = 1e-3  # weight of mean(z²), which keeps latents near unit scale
     ema: float = 0.998
     seed: int = 0
+    decoder_only: bool = False  # latents stay as they are: models trained on them stay valid
     save_every: float = 120  # seconds
 
 
@@ -51,6 +52,8 @@ def train_autoencoder(
     weights and ``model.config`` the latents' per-channel mean and standard deviation.
     """
     o = options
+    if o.decoder_only:
+        model.encoder.freeze()
     schedule = optim.join_schedules(
         [
             optim.linear_schedule(0, o.learning_rate, o.warmup),
@@ -126,6 +129,8 @@ def train_autoencoder(
             saved = time.monotonic()
 
     model.update(ema)
+    if o.decoder_only:
+        return
     samples = images[np.random.default_rng(o.seed).permutation(len(images))[:512]]
     z = [model.encoder(mx.array(s).astype(mx.float32) / 127.5 - 1) for s in np.split(samples, 16)]
     z = mx.concatenate(z).reshape(-1, model.config.latent_channels)
