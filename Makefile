@@ -1,0 +1,86 @@
+# make demo      set up, and make a picture with the embedded model
+# make test      set up, run the linter and the tests
+# make embedded  train the embedded model from nothing (hours; goes on where it stopped)
+#
+# Each creates .venv itself. PYTHON=python3.12 names the interpreter for it.
+
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+# On Linux MLX multiplies with a slow reference BLAS unless OpenBLAS takes its place.
+ifeq ($(shell uname -s),Linux)
+OPENBLAS := $(firstword $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/libopenblas.so.0))
+ifneq ($(OPENBLAS),)
+RUN := LD_PRELOAD=$(OPENBLAS)
+else
+SLOW := OpenBLAS not found: "apt-get install libopenblas0" makes this about 30 times faster
+endif
+endif
+
+.PHONY: demo test embedded speed
+
+demo: .venv/.installed speed
+	@rm -f demo.png
+	$(RUN) $(BIN)/snapgen-mlx generate "a smiling cat" -o demo.png
+
+test: .venv/.installed-test speed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) $(BIN)/python -m pytest
+
+speed:
+	@$(if $(SLOW),echo '$(SLOW)',:)
+
+$(BIN)/pip:
+	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	  if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then echo "creating .venv with $$($$python --version)"; exec $$python -m venv .venv; fi; \
+	done; \
+	echo "error: no Python 3.11 or newer with venv found; install python3 and python3-venv" >&2; \
+	exit 1
+
+.venv/.installed: pyproject.toml | $(BIN)/pip
+	@echo "installing snapgen-mlx and MLX into .venv"
+	@$(PIP) -e .
+	@touch $@
+
+# torch, the reference of the parity tests, comes first and in one version.
+.venv/.installed-test: pyproject.toml | $(BIN)/pip
+	@echo "installing snapgen-mlx, MLX and the test dependencies into .venv"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[test]'
+	@touch $@ .venv/.installed
+
+.venv/.installed-embedded: pyproject.toml | $(BIN)/pip
+	@echo "installing snapgen-mlx, MLX and what builds the embedded model into .venv"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[embedded]'
+	@touch $@ .venv/.installed
+
+# The embedded model. Needs npm, and the word list of Debian's wamerican-small. Every step is one
+# target: what is there is not made again (remove it to make it again), and the two trainings go
+# on from their last saved state.
+E := runs/embedded
+PYTHON_M = $(RUN) $(BIN)/python -m
+
+embedded: $(E)/dit/transformer/model.safetensors
+	rm -rf $(E)/packed
+	$(PYTHON_M) benchmarks.embedded.pack $(E)/dit $(E)/packed
+	mkdir -p snapgen_mlx/assets/embedded
+	cp -R $(E)/packed/. snapgen_mlx/assets/embedded
+
+$(E)/data/card.json: | .venv/.installed-embedded
+	$(PYTHON_M) benchmarks.embedded.data $(E)/data
+
+$(E)/text_encoder/config.json: | .venv/.installed-embedded
+	$(PYTHON_M) benchmarks.embedded.text_table $(E)/text_encoder
+
+$(E)/vae/model.safetensors: | $(E)/data/card.json
+	$(PYTHON_M) benchmarks.embedded.autoencoder $(E)/data $(E)/vae-run $(E)/vae
+
+$(E)/base/config.json: | $(E)/vae/model.safetensors $(E)/text_encoder/config.json
+	$(PYTHON_M) benchmarks.embedded.init $(E)/vae $(E)/text_encoder $(E)/base
+
+$(E)/dit/transformer/model.safetensors: | $(E)/base/config.json speed
+	$(RUN) $(BIN)/snapgen-mlx finetune $(E)/base $(E)/data/train -o $(E)/dit \
+	  --validation $(E)/data/heldout --steps 4000 --batch 32 --learning-rate 1e-3 --warmup 200
