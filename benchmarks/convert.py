@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from snapgen_mlx.convert.transformer import back
 
 from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.convert.transformer import back
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.safetensors_io import write_tensors
 

@@ -30,6 +30,7 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run,
     where it was when started again.
     """
     import mlx.core as mx
+
     from snapgen_mlx.convert.convert import convert as run
     from snapgen_mlx.convert.convert import save_report
 
@@ -61,13 +62,14 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run,
 def _progress():
     from tqdm import tqdm
 
-    bar = tqdm(unit="B", unit_scale=True, unit_divisor=1000, leave=False, disable=None)
+    bars = []  # made when there is something to show
 
     def update(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None))
+        bars[0].update(done - bars[0].n)
         if done == total:
-            bar.close()
+            bars[0].close()
 
     return update
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
-from ..safetensors_io import ITEMSIZE, as_array, numpy_kind, read_header, read_tensor
+from ..safetensors_io import DTYPES, ITEMSIZE, as_array, numpy_kind, read_float64, read_header
 from ..weights import read_json
 
 EXTENSIONS = ("safetensors", "bin", "pt", "pth")
@@ -65,9 +65,21 @@ class SafetensorsFile:
         self.files = [Path(path)]
         self._header = read_header(path)
         self.infos = {key: Info(info.dtype, info.shape) for key, info in self._header.items()}
+        self._lazy = {}
 
     def read(self, key: str) -> mx.array:
-        return read_tensor(self.files[0], key, self._header[key])
+        path, info = self.files[0], self._header[key]
+        if info.dtype == "F64":
+            return read_float64(path, key, info)
+        if info.dtype not in DTYPES:
+            have = f"{key!r} has the dtype {info.dtype}, which cannot be converted"
+            raise SnapGenError(f"{path}: {have}; save it as BF16, F16 or F32")
+        with _reading(path):
+            if key not in self._lazy:
+                self._lazy = mx.load(str(path))
+            a = self._lazy.pop(key)  # left there, it would stay in memory once it is read
+            mx.eval(a)
+        return a
 
 
 # --- torch zip files

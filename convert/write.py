@@ -96,13 +96,18 @@ def _tensors(component: Component, rows: list[Row], nonfinite: dict):
         if held is None or held[0] != row.source:
             held = row.source, component.reader.read(row.source)
         a = row.step.apply(held[1]).astype(row.dtype)
-        if mx.issubdtype(a.dtype, mx.floating):
-            bad = (~mx.isfinite(a)).sum().item()
-            if bad:
-                nonfinite[row.source] = nonfinite.get(row.source, 0) + bad
+        if bad := _count_nonfinite(a):
+            nonfinite[row.source] = nonfinite.get(row.source, 0) + bad
         arrays = [a] if row.bits is None else mx.quantize(a, group_size=row.group, bits=row.bits)
         mx.eval(arrays)
         yield from zip(row.entries(), arrays, strict=True)
+
+
+def _count_nonfinite(a: mx.array) -> int:
+    if not mx.issubdtype(a.dtype, mx.floating) or not a.size:
+        return 0
+    extremes = mx.stack([a.max(), a.min()])  # NaN wins both; unlike isfinite they need no memory
+    return 0 if mx.isfinite(extremes).all() else (~mx.isfinite(a)).sum().item()
 
 
 def verify(folder: Path, components: dict[str, Component]) -> dict:

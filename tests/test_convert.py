@@ -14,13 +14,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+
 from snapgen_mlx.cli.convert import convert as convert_command
 from snapgen_mlx.cli.export import export as export_command
+from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.convert import write
 from snapgen_mlx.convert.convert import convert
 from snapgen_mlx.convert.export import export
-
-from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.models.clip_text import CLIPText
 from snapgen_mlx.models.gemma_text import GemmaText

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from snapgen_mlx.convert.convert import convert
 
+from snapgen_mlx.convert.convert import convert
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.weights import load_tensors
 

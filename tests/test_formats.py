@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from snapgen_mlx.convert import formats
 from snapgen_mlx.convert.formats import open_weights
-
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.safetensors_io import read_header, write_tensors
 

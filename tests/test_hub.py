@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
+
 from snapgen_mlx.convert.formats import open_weights
 from snapgen_mlx.convert.hub import commit_of, resolve
-
 from snapgen_mlx.errors import SnapGenError, UsageError
 
 from .fake_hub import COMMIT, FakeHub
@@ -34,20 +34,23 @@ def hub(tmp_path, monkeypatch):
 
 
 def repository(folder):
-    """A sharded transformer, a .bin encoder, and files that conversion has no use for."""
+    """A sharded transformer, a .bin encoder, and files that conversion has no use for.
+
+    No two files are equal, or the cache would fetch only one of them.
+    """
     (folder / "transformer").mkdir(parents=True)
     (folder / "text_encoder").mkdir()
-    (folder / "model_index.json").write_text("{}")
+    (folder / "model_index.json").write_text('{"what": "index"}')
     shards = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for key, shard in zip("ab", shards, strict=True):
         save_file({key: np.arange(50_000, dtype=np.float32)}, folder / "transformer" / shard)
     index = {"weight_map": dict(zip("ab", shards, strict=True))}
     name = "diffusion_pytorch_model.safetensors.index.json"
     (folder / "transformer" / name).write_text(json.dumps(index))
-    (folder / "transformer" / "config.json").write_text("{}")
+    (folder / "transformer" / "config.json").write_text('{"what": "transformer"}')
     (folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"double")
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"old format")
-    (folder / "text_encoder" / "config.json").write_text("{}")
+    (folder / "text_encoder" / "config.json").write_text('{"what": "encoder"}')
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"only this")
     (folder / "everything.safetensors").write_bytes(b"single file copy")
     return folder
