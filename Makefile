@@ -75,8 +75,15 @@ $(E)/data/card.json: | .venv/.installed-embedded
 $(E)/text_encoder/config.json: | .venv/.installed-embedded
 	$(PYTHON_M) benchmarks.embedded.text_table $(E)/text_encoder
 
-$(E)/vae/model.safetensors: | $(E)/data/card.json
-	$(PYTHON_M) benchmarks.embedded.autoencoder $(E)/data $(E)/vae-run $(E)/vae
+$(E)/vae-first/model.safetensors: | $(E)/data/card.json
+	$(PYTHON_M) benchmarks.embedded.autoencoder $(E)/data $(E)/vae-run $(E)/vae-first --steps 1700
+
+# The decoder further, on whole pictures, in a copy that takes its name when it is done.
+$(E)/vae/model.safetensors: | $(E)/vae-first/model.safetensors
+	rm -rf $(E)/vae-refined && cp -R $(E)/vae-first $(E)/vae-refined
+	$(PYTHON_M) benchmarks.embedded.autoencoder $(E)/data $(E)/vae-decoder-run $(E)/vae-refined \
+	  --decoder-only --steps 500
+	mv $(E)/vae-refined $(E)/vae
 
 $(E)/base/config.json: | $(E)/vae/model.safetensors $(E)/text_encoder/config.json
 	$(PYTHON_M) benchmarks.embedded.init $(E)/vae $(E)/text_encoder $(E)/base
