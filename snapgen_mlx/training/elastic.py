@@ -121,8 +121,9 @@ class ElasticTrainer:
         sub = {k: weight * g for k, g in sub.items()}
         return scatter_add(grads, sub, self.config, index), ratio, weight, cosine
 
-    def _average_fn(self, ema, params):
-        d = self.options.ema
+    def _average_fn(self, ema, params, step):
+        # Young averages forget faster, or the random start would weigh on them for long.
+        d = mx.minimum(self.options.ema, (1 + step) / (10 + step))
         return {k: d * ema[k] + (1 - d) * params[k] for k in ema}
 
     def step(self, x0, eps, t, text, masks, subnets: list[int]) -> dict[str, mx.array]:
@@ -151,7 +152,7 @@ class ElasticTrainer:
             metrics[f"cos/{names[i]}"] = cosine
         grads, metrics["grad"] = optim.clip_grad_norm(grads, self.options.clip)
         self.params = self.params | self.optimizer.apply_gradients(grads, self.params)
-        self.ema = self._average(self.ema, self.params)
+        self.ema = self._average(self.ema, self.params, self.optimizer.step)
         mx.eval(self.params, self.ema, self.optimizer.state, self.ratios, metrics)
         return metrics
 
