@@ -8,7 +8,6 @@ takes that only imports. Source files are in the page cache, as just written.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from snapgen_mlx.safetensors_io import write_tensors
 SHARD_BYTES = 1 << 30
 MODES = {"as it is": {}, "bfloat16": {"dtype": "bfloat16"}, "4 bits": {"quantize": 4}}
 RUN = """
-import json, sys
+import json, resource, sys
 import mlx.core as mx
 from snapgen_mlx.convert.convert import convert
 options = json.loads(sys.argv[3])
@@ -33,6 +32,11 @@ if "dtype" in options:
     options["dtype"] = getattr(mx, options["dtype"])
 if sys.argv[1]:
     convert(sys.argv[1], sys.argv[2], **options)
+try:  # on Linux, ru_maxrss would count what the parent process had before
+    status = open("/proc/self/status").read()
+    print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+except FileNotFoundError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
@@ -64,12 +68,9 @@ def write_checkpoint(folder: Path, geometry: str) -> int:
 def run(source: str, dest: str, options: dict) -> tuple[float, int]:
     """Seconds and peak resident bytes of one conversion in a process of its own."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", RUN, source, dest, json.dumps(options)])
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"conversion failed: {options}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    command = [sys.executable, "-c", RUN, source, dest, json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return time.perf_counter() - start, int(done.stdout)
 
 
 def main():

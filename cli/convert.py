@@ -34,18 +34,22 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run,
     from snapgen_mlx.convert.convert import convert as run
     from snapgen_mlx.convert.convert import save_report
 
-    result = run(
-        source,
-        dest,
-        revision=revision,
-        only=only.split(",") if only else None,
-        dtype=getattr(mx, dtype) if dtype else None,
-        quantize=int(quantize) if quantize else None,
-        ema=ema,
-        config=config,
-        dry_run=dry_run,
-        progress=_progress(),
-    )
+    try:
+        result = run(
+            source,
+            dest,
+            revision=revision,
+            only=only.split(",") if only else None,
+            dtype=getattr(mx, dtype) if dtype else None,
+            quantize=int(quantize) if quantize else None,
+            ema=ema,
+            config=config,
+            dry_run=dry_run,
+            progress=_progress(),
+        )
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from here", err=True)
+        raise
     if report:
         save_report(report, result)
     for name, part in result["components"].items():

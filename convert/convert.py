@@ -146,7 +146,9 @@ def _head(path: Path, index: dict, report: dict) -> dict:
     sampling = {"steps": 28, "guidance": 4.0, "shift": 3.0, "size": 1024}
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        sampling["shift"] = read_json(scheduler).get("shift", sampling["shift"])
+        shift = sampling["shift"] = read_json(scheduler).get("shift", sampling["shift"])
+        if not isinstance(shift, int | float) or not shift > 0:
+            raise SnapGenError(f"{scheduler}: shift is {shift!r}; it must be a positive number")
     if isinstance(index.get("sampling"), dict):
         sampling |= index["sampling"]
     keys = ("source", "revision", "quantize", "dtype", "ema", "files")

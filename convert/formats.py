@@ -265,7 +265,7 @@ def _flatten(value, prefix="", depth=0):
         yield prefix, value
     elif depth > 8:
         raise ValueError("its tables are nested too deeply")
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in pairs:
             name = key if isinstance(key, str | int) else "?"

@@ -74,8 +74,8 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
             )
 
         folder = Path(fetch(USUAL + EXTRAS))
-        bare = [c for c in ("", *COMPONENTS) if _lacks_weights(folder / c)]
-        if bare:
+        parts = [c for c in COMPONENTS if (folder / c).is_dir()] or [""]
+        if bare := [c for c in parts if _lacks_weights(folder / c)]:  # under no usual name
             fetch([f"{c}/*.{ext}".lstrip("/") for c in bare for ext in EXTENSIONS])
     except errors.GatedRepoError as e:
         raise SnapGenError(

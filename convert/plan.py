@@ -101,7 +101,10 @@ def kind(config: dict, where) -> tuple[str, object]:
         return "vae", vae
     if name == "SnapGenAutoencoder":
         return "vae", autoencoder
-    if name in ("clip", "clip_text_model") or "text_cfg" in config.get("model_cfg", config):
+    open_clip = config.get("model_cfg", config)
+    if name in ("clip", "clip_text_model") or (
+        isinstance(open_clip, dict) and "text_cfg" in open_clip
+    ):
         return "text_encoder", clip_text
     if name in ("gemma3", "gemma3_text"):
         return "text_encoder_2", gemma_text
@@ -163,6 +166,8 @@ def _component(path: Path, name=None, config=None) -> Component:
         )
     usual_name, rules = kind(source_config, place)
     name = name or usual_name
+    if name.rstrip("_2") != usual_name.rstrip("_2"):  # text encoders may stand in either place
+        raise SnapGenError(f"{place} is of a {usual_name}, in the place of a {name}")
     component = Component(name, path, source_config, rules, place)
     if name in TOKENIZERS and rules:
         beside = folder.parent / TOKENIZERS[name]

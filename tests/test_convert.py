@@ -615,6 +615,8 @@ def test_configs_of_something_else(broken, tmp_path):
     ):
         config.write_text(json.dumps({**good, **change}))
         fails(tmp_path, *words, source=broken)
+    config.write_text((broken / "vae" / "config.json").read_text())
+    fails(tmp_path, "is of a vae, in the place of a transformer", source=broken)
     config.write_text("{")
     fails(tmp_path, "not valid JSON", source=broken)
     config.write_text(json.dumps(good))

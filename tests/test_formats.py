@@ -132,6 +132,7 @@ def test_torch_training_checkpoint(tmp_path):
         "ema": OrderedDict(weight=layer.weight.detach() / 2),
         "optimizer": optimizer.state_dict(),
         "step": 12,
+        "pair": (torch.ones(1), 5),
         "args": {"name": "x", "lr": 1e-4, "size": torch.Size([1, 2]), "dtype": torch.bfloat16},
     }
     torch.save(content, tmp_path / "x.pt")
@@ -140,6 +141,7 @@ def test_torch_training_checkpoint(tmp_path):
         "state_dict.weight",
         "state_dict.bias",
         "ema.weight",
+        "pair.0",
     }
     assert "optimizer.state.0.exp_avg" in reader.infos
     assert np.array_equal(np.array(reader.read("ema.weight")), layer.weight.detach().numpy() / 2)
