@@ -155,14 +155,16 @@ def load_supernet(folder) -> tuple[DiTConfig, dict[str, mx.array]]:
     return DiTConfig.from_dict(load_config(folder)), load_tensors(folder)
 
 
-def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None):
+def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, loras=()):
     """Load one width of a transformer.
 
     Args: folder, a model folder or its ``transformer/``; variant, a name of ``config.variants``
-        (the widest when None); dtype of the weights (default: see ``compute_dtype``).
-    Returns a ``DiT`` with its ``config``. Raises UsageError for an unknown variant, SnapGenError
-    for damaged or foreign files.
+        (the widest when None); dtype of the weights (default: see ``compute_dtype``); loras, pairs
+        (LoRA file, scale).
+    Returns a ``DiT`` with its ``config``; nothing but headers is read before it is evaluated.
+    Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
     """
+    from .lora import add_lora, load_lora
     from .models.dit import DiT
     from .models.elastic import slice_flat
 
@@ -177,4 +179,7 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None):
         tensors = dequantize(tensors, {k: a.shape for k, a in tree_flatten(dit.parameters())})
     # Packed weights are integers and stay as they are.
     tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
-    return assign(dit, tensors, folder)
+    assign(dit, tensors, folder)
+    for path, scale in loras:
+        add_lora(dit, load_lora(path, config, index, scale))
+    return dit

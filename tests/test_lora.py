@@ -1,0 +1,219 @@
+"""LoRA files: formats, scales, widths, strictness; fused, and beside quantized layers."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.lora import LoRALinear, add_lora, fuse_lora, load_lora
+from snapgen_mlx.models.dit import DiT
+from snapgen_mlx.models.elastic import slice_flat
+from snapgen_mlx.weights import assign, load_dit, load_supernet
+
+from .tiny import write_tiny_model
+
+RANK = 2
+# Every kind of layer that slices in its own way, one text layer that does not, one bank.
+LAYERS = {
+    "down.0.attn.to_q": (64, 64),
+    "up.0.ffn.fc2": (64, 128),
+    "mid.1.skip_proj": (64, 128),
+    "downsample.proj": (64, 256),
+    "upsample.proj": (256, 64),
+    "final.proj": (64, 64),
+    "mid.0.cross.to_k": (32, 32),
+    "text_embed.static.proj": (32, 8),
+    "time_embed.0.fc1": (24, 256),
+    "time_embed.1.fc1": (32, 256),
+    "time_embed.2.fc1": (64, 256),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def random_lora(layers=LAYERS, seed=0) -> dict[str, tuple[mx.array, mx.array]]:
+    mx.random.seed(seed)
+    return {
+        path: (mx.random.normal((RANK, columns)), mx.random.normal((rows, RANK)))
+        for path, (rows, columns) in layers.items()
+    }
+
+
+def save(path, layers, name=lambda p: p, down="lora_A", up="lora_B", alpha=None):
+    tensors = {}
+    for layer, (a, b) in layers.items():
+        tensors[f"{name(layer)}.{down}.weight"] = a
+        tensors[f"{name(layer)}.{up}.weight"] = b
+        if alpha is not None:
+            tensors[f"{name(layer)}.alpha"] = mx.array(float(alpha))
+    mx.save_safetensors(str(path), tensors)
+    return path
+
+
+def flat(dit) -> dict:
+    return dict(tree_flatten(dit.parameters()))
+
+
+def updated(params: dict, layers: dict, scale=1.0) -> dict:
+    """The same arithmetic in numpy float64."""
+    out = {k: np.array(v, np.float64) for k, v in params.items()}
+    for path, (a, b) in layers.items():
+        out[f"{path}.weight"] += scale * np.array(b, np.float64) @ np.array(a, np.float64)
+    return out
+
+
+def assert_close(ours: dict, expected: dict):
+    assert ours.keys() == expected.keys()
+    for key, a in ours.items():
+        np.testing.assert_allclose(a, expected[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "full"])
+def test_a_lora_of_the_supernet_is_cut_with_the_width(model, tmp_path, variant):
+    lora = random_lora()
+    path = save(tmp_path / "lora.safetensors", lora)
+    config, params = load_supernet(model)
+    whole = {k: mx.array(v.astype(np.float32)) for k, v in updated(params, lora).items()}
+    expected = slice_flat(whole, config, config.variant_index(variant))
+    assert_close(flat(load_dit(model, variant, loras=[(path, 1.0)])), expected)
+
+
+def test_a_lora_of_the_widths_own_size_is_taken_as_it_is(model, tmp_path):
+    layers = {"down.0.attn.to_q": (32, 32), "time_embed.0.fc1": (32, 256)}
+    lora = random_lora(layers)
+    path = save(tmp_path / "lora.safetensors", lora)
+    plain = flat(load_dit(model, "small"))
+    assert_close(flat(load_dit(model, "small", loras=[(path, 1.0)])), updated(plain, lora))
+    with pytest.raises(SnapGenError, match="4 of 4 keys fit no layer"):
+        load_dit(model, "full", loras=[(path, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up"),
+    [
+        (lambda p: p, "lora_A", "lora_B"),
+        (lambda p: p, "lora_down", "lora_up"),
+        (lambda p: f"transformer.{p}", "lora_A", "lora_B"),
+        (lambda p: f"diffusion_model.{p}", "lora_down", "lora_up"),
+        (lambda p: f"base_model.model.{p}", "lora_A.default", "lora_B.default"),
+        (lambda p: "lora_unet_" + p.replace(".", "_"), "lora_down", "lora_up"),
+    ],
+)
+def test_formats_say_the_same(model, tmp_path, name, down, up):
+    lora = random_lora()
+    path = save(tmp_path / "lora.safetensors", lora, name, down, up)
+    config, params = load_supernet(model)
+    ours = fuse_lora(params, load_lora(path, config, None))
+    assert_close(ours, updated(params, lora))
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(None, 1), (2, 1), (8, 4), (0.5, 0.25)])
+def test_scale_is_alpha_over_rank_of_each_tensor(model, tmp_path, alpha, factor):
+    lora = random_lora({"down.0.attn.to_q": (64, 64)})
+    path = save(tmp_path / "lora.safetensors", lora, alpha=alpha)
+    tensors = mx.load(str(path))
+    other = random_lora({"up.0.attn.to_q": (64, 64)}, seed=1)  # another rank, no alpha
+    a, b = (mx.concatenate([x, x], axis) for axis, x in enumerate(other["up.0.attn.to_q"]))
+    tensors |= {"up.0.attn.to_q.lora_A.weight": a, "up.0.attn.to_q.lora_B.weight": b}
+    mx.save_safetensors(str(path), tensors)
+    config, params = load_supernet(model)
+    ours = fuse_lora(params, load_lora(path, config, None, scale=0.5))
+    expected = updated(params, lora, 0.5 * factor)
+    assert_close(ours, updated(expected, {"up.0.attn.to_q": (a, b)}, 0.5))
+
+
+def refused(model, path, *words):
+    with pytest.raises(SnapGenError) as e:
+        load_dit(model, "full", loras=[(path, 1.0)])
+    assert "\n" not in str(e.value)
+    for word in (path.name, *words):
+        assert word in str(e.value)
+
+
+def test_zero_and_partial_matches_are_errors_that_list_the_keys(model, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    flux = {f"blocks.{i}.attn.to_q": (64, 64) for i in range(4)}
+    save(path, random_lora(flux))
+    refused(model, path, "8 of 8", "'blocks.0.attn.to_q.lora_A.weight'", "and 3 more")
+    save(path, random_lora(LAYERS | {"down.7.attn.to_q": (64, 64)}))
+    refused(model, path, "2 of 24", "'down.7.attn.to_q.lora_B.weight'")
+    save(path, random_lora(LAYERS | {"down.0.attn.to_k": (64, 48)}))
+    refused(model, path, "2 of 24", "down.0.attn.to_k")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("down.0.attn.to_q.lora_A.weight"),
+        lambda t: t.update({"down.0.attn.to_q.lora_A.weight": mx.zeros((3, 64))}),
+        lambda t: t.update({"down.0.attn.to_q.lora_A.weight": mx.zeros((64,))}),
+        lambda t: t.update({"down.0.attn.to_q.lora_A.weight": mx.zeros((0, 64))}),
+        lambda t: t.update({"down.0.attn.to_q.alpha": mx.zeros((2,))}),
+        lambda t: t.update({"down.0.attn.to_q.alpha": mx.array(float("nan"))}),
+        lambda t: t.update({"down.0.attn.to_q.dora_scale": mx.zeros((64,))}),
+        lambda t: t.update({f"transformer.{k}": a for k, a in t.items()}),  # twice the same
+    ],
+)
+def test_malformed_layers_are_named(model, tmp_path, change):
+    path = save(tmp_path / "lora.safetensors", random_lora())
+    tensors = mx.load(str(path))
+    change(tensors)
+    mx.save_safetensors(str(path), tensors)
+    refused(model, path, "down.0.attn.to_q")
+
+
+def test_damaged_and_foreign_files(model, tmp_path):
+    path = save(tmp_path / "lora.safetensors", random_lora())
+    path.write_bytes(path.read_bytes()[:-5])
+    refused(model, path)
+    refused(model, tmp_path / "missing.safetensors")
+    (tmp_path / "lora.pt").write_bytes(b"PK")
+    refused(model, tmp_path / "lora.pt", "safetensors")
+    save(path, random_lora({"time_embed.0.fc1": (24, 256)}))
+    refused(model, path, "nothing for this width")
+
+
+def test_quantized_layers_get_the_update_beside_them(tmp_path):
+    config = DiTConfig(
+        **dict(hidden_size=64, head_dim=16, num_heads=4, num_kv_heads=2, cross_kv_heads=2),
+        **dict(caption_dim=32, text_dims={"static": 32}, layers=[1, 1, 1], bna_blocks=4),
+        widths=[1.0],
+    )
+    mx.random.seed(3)
+    dit = DiT(config)
+    dit.final.proj.weight = mx.random.normal(dit.final.proj.weight.shape) * 0.1
+    nn.quantize(dit, group_size=32, bits=4)
+    layers = {"down.0.attn.to_q": (64, 64), "time_embed.0.fc1": (64, 256)}
+    layers |= {"final.proj": (64, 64), "text_embed.static.proj": (32, 32)}
+    lora = random_lora(layers)
+    path = save(tmp_path / "lora.safetensors", lora, alpha=1)
+    x, t = mx.random.normal((1, 16, 16, 16)), mx.array([0.7])
+    text = {"static": mx.random.normal((1, 3, 32))}
+
+    fused = DiT(config)  # the rounded weights as floats, and the update in them
+    weights = {}
+    for name, module in dit.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            weights[f"{name}.weight"] = mx.dequantize(
+                module.weight, module.scales, module.biases, module.group_size, module.bits
+            )
+    rest = {k: v for k, v in flat(dit).items() if not k.endswith((".scales", ".biases"))}
+    updates = load_lora(path, config, 0)
+    assign(fused, fuse_lora(rest | weights, updates), "test")
+    before = dit(x, t, text)
+    add_lora(dit, updates)
+    assert isinstance(dit.down[0].attn.to_q, LoRALinear)
+    expected = fused(x, t, text)
+    np.testing.assert_allclose(dit(x, t, text), expected, atol=2e-4 * mx.abs(expected).max().item())
+    assert mx.abs(before - expected).max() > 0.1 * mx.abs(expected).max()
+    half = load_lora(path, config, 0, 0.5)
+    nothing = {k: u._replace(b=-0.5 * u.b) for k, u in updates.items()}
+    add_lora(dit, half)
+    add_lora(dit, nothing)
+    np.testing.assert_allclose(dit(x, t, text), expected, atol=1e-3 * mx.abs(expected).max().item())
