@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -11,16 +12,17 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from . import __version__
+from .config import DiTConfig
 from .errors import SnapGenError, UsageError
 from .files import atomic_write
+from .memory import HEAVY_ENCODERS, LOW_RAM_TILE, TILE, ModelMemory, Request
+from .models.vae import AutoencoderKLQwenImage, VAEConfig
 from .sampling import Step, denoise, schedule
 from .weights import FORMAT, assign, compute_dtype, load_config, load_dit, load_tensors
 
 PIXEL_MULTIPLE = 64
 MAX_PIXELS = 2048  # a side
 MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
-TILE_FROM = 64  # latents with a longer side are decoded in tiles
-TILE = 32
 METADATA_KEY = "snapgen-mlx"
 
 
@@ -67,20 +69,22 @@ def load_vae(folder):
             # Its few convolutions cost nothing in float32, and white stays white.
             return assign(vae, {k: a.astype(mx.float32) for k, a in tensors.items()}, folder)
         case "AutoencoderKLQwenImage":
-            from .models.vae import AutoencoderKLQwenImage, VAEConfig
-
             vae = AutoencoderKLQwenImage(VAEConfig.from_dict(config))
             return assign(vae, {k: a.astype(compute_dtype()) for k, a in tensors.items()}, folder)
         case other:
             raise SnapGenError(f"{folder / 'config.json'}: unknown autoencoder {other!r}")
 
 
-def load_text_encoders(folder) -> list:
-    """The text encoders of a model folder; a folder may lack either or both."""
+def load_text_encoders(folder, gemma=None) -> list:
+    """The text encoders of a model folder; a folder may lack either or both.
+
+    gemma: a folder or Hub id of another Gemma 3 with its tokenizer, quantized by mlx-lm or not,
+    instead of the model's own.
+    """
     folder = Path(folder)
     encoders = []
     for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-        if not (folder / name).is_dir():
+        if not (folder / name).is_dir() or (gemma and name == "text_encoder_2"):
             continue
         kind = load_config(folder / name).get("model_type")
         if kind == "static_text":
@@ -97,7 +101,20 @@ def load_text_encoders(folder) -> list:
             encoders.append(GemmaText.load(folder / name, folder / tokenizer))
         else:
             raise SnapGenError(f"{folder / name / 'config.json'}: unknown text encoder {kind!r}")
-    return encoders
+    return encoders + ([load_gemma(gemma)] if gemma else [])
+
+
+def load_gemma(source):
+    """A Gemma 3 text encoder from a folder (or Hub id) that holds its tokenizer too."""
+    from snapgen_mlx.convert.hub import resolve
+
+    from .models.gemma_text import GemmaText
+
+    folder = resolve(source)
+    kind = load_config(folder).get("model_type")
+    if kind not in ("gemma3_text", "gemma3"):
+        raise SnapGenError(f"{source} is a {kind or 'model of unknown type'}, not a Gemma 3")
+    return GemmaText.load(folder, folder)
 
 
 @dataclass
@@ -132,28 +149,78 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
 
+    @property
+    def texts(self) -> list[str]:
+        """What is to be encoded."""
+        return [text for text in (self.prompt, self.negative) if text and text.strip()]
+
 
 class Pipeline:
     """A loaded model: ``generate`` for a picture, or ``stream`` and ``decode`` step by step."""
 
-    def __init__(self, folder, variant: str | None = None):
+    def __init__(
+        self,
+        folder,
+        variant: str | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        guidance: float | None = None,
+        text_encoder=None,
+        loras=(),
+        low_ram: bool = False,
+        keep_encoders: bool = True,
+    ):
         self.folder = Path(folder)
         self.config = load_config(self.folder)
-        self.dit = load_dit(self.folder, variant)
-        self.vae = load_vae(self.folder)
-        self.encoders = load_text_encoders(self.folder)
+        self.dit_config = DiTConfig.from_dict(load_config(self.folder / "transformer"))
+        if text_encoder and "gemma" not in self.dit_config.text_dims:
+            raise UsageError("this model reads no Gemma states; leave out the text encoder")
+        self.text_encoder, self.loras = text_encoder, list(loras)
+        self.low_ram, self.keep_encoders = low_ram, keep_encoders and not low_ram
+        self._texts = {}
+        self.memory = ModelMemory(self.folder, self.vae, self.encoders)
+        if variant in (None, "auto"):
+            largest = self.settings("any", width=width, height=height, guidance=guidance)
+            variant = self.memory.choose(self._request(largest))
+        self.variant = variant
+        self.dit  # noqa: B018 (its files are checked now, its weights are read when needed)
 
     @classmethod
-    def load(cls, source=None, variant: str | None = None) -> "Pipeline":
+    def load(cls, source=None, variant: str | None = None, **options) -> "Pipeline":
         """Load the embedded model (None), a model folder, or a Hub id at one width.
 
-        Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
+        Args: variant, a width's name; None or "auto" is the widest that fits into memory for
+            pictures of ``width``, ``height`` (pixels) and ``guidance`` (the model's own when not
+            given); text_encoder, a folder or Hub id of another Gemma 3; loras, pairs (LoRA file,
+            scale); low_ram, hold the weights of one phase at a time and decode in smaller tiles;
+            keep_encoders, False frees heavy text encoders after each use.
+        Weights are read when they are first used. Raises UsageError for an unknown variant and
+        when nothing fits, SnapGenError for damaged or foreign files.
         """
-        return cls(resolve_model(source), variant)
+        return cls(resolve_model(source), variant, **options)
 
-    @property
-    def variant(self) -> str:
-        return self.dit.config.variants[0]
+    @cached_property
+    def dit(self):
+        return load_dit(self.folder, self.variant, loras=self.loras)
+
+    @cached_property
+    def vae(self):
+        return load_vae(self.folder)
+
+    @cached_property
+    def encoders(self) -> list:
+        return load_text_encoders(self.folder, self.text_encoder)
+
+    def free(self, *parts: str) -> None:
+        """Drop "dit", "vae" or "encoders" from memory; each is loaded again when needed."""
+        for part in parts:
+            self.__dict__.pop(part, None)
+        mx.clear_cache()
+
+    def _request(self, s: Settings) -> Request:
+        guided = s.guidance != 1
+        return Request(s.width, s.height, guided, self.low_ram, self.keep_encoders)
 
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
@@ -169,24 +236,51 @@ class Pipeline:
         text, masks = ({k: pair[i] for k, pair in encoded.items()} for i in (0, 1))
         if encoded and not mx.all(mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1)):
             raise UsageError("the prompt has no word that this model knows")
+        dims = {name: states.shape[-1] for name, states in text.items()}
+        if not dims.items() <= self.dit_config.text_dims.items():
+            raise SnapGenError(
+                f"text encoders with states of {dims} do not suit this transformer, which reads "
+                f"{self.dit_config.text_dims}"
+            )
         return text, masks
+
+    def prepare(self, settings: list[Settings]) -> None:
+        """Encode the texts of these pictures, which ``stream`` then finds done.
+
+        Without ``keep_encoders`` text encoders above 100 MB are freed afterwards; what else was
+        in memory makes place for them before.
+        """
+        texts = dict.fromkeys(text for s in settings for text in s.texts)
+        is_light = self.memory.encoders <= HEAVY_ENCODERS and not self.low_ram
+        if not (self.keep_encoders or is_light):
+            self.free("dit", "vae")
+        self._texts = {text: self.encode([text]) for text in texts}
+        mx.eval(self._texts)
+        if not (self.keep_encoders or is_light):
+            self.free("encoders")
 
     def stream(self, settings: Settings) -> Iterator[Step]:
         """Denoise, yielding every step after its evaluation; decode ``step.x`` of the last one.
 
-        Raises UsageError at once when the prompt or the size does not suit the model.
+        Raises UsageError at once when the prompt or the size does not suit the model, or the
+        picture does not fit into memory.
         """
         s = settings
-        text, masks = self.encode([s.prompt])
-        negative = self.encode([s.negative]) if s.negative and s.negative.strip() else None
         h, w = s.height // 8, s.width // 8
-        config = self.dit.config
+        config = self.dit_config
         tokens = h * w // config.patch_size**2
         if h % config.token_multiple or w % config.token_multiple or tokens % config.bna_blocks:
             raise UsageError(f"this model cannot make {s.width}x{s.height}; try other multiples")
+        self.memory.check(self.variant, self._request(s))
+        if not self._texts.keys() >= set(s.texts):
+            self.prepare([s])
+        text, masks = self._texts[s.prompt]
+        negative = self._texts.get(s.negative)
         key = mx.random.key(s.seed)
         noise = mx.random.normal((1, h, w, config.in_channels), key=key)
         sigmas = schedule(s.steps, s.shift)
+        if self.low_ram:
+            self.free("encoders", "vae")
 
         def evaluated():
             for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
@@ -197,10 +291,12 @@ class Pipeline:
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Picture of a normalised latent (1, h, w, C)."""
-        if max(latents.shape[1:3]) > TILE_FROM:
-            image = self.vae.decode(latents, tile=TILE)
-        else:
-            image = self.vae.decode(latents)
+        if self.low_ram:
+            self.free("encoders", "dit")
+        # The embedded model's autoencoder needs little memory, and knows no tiles.
+        is_large = isinstance(self.vae, AutoencoderKLQwenImage)
+        tile = {"tile": LOW_RAM_TILE if self.low_ram else TILE} if is_large else {}
+        image = self.vae.decode(latents, **tile)
         image = mx.round((image[0].astype(mx.float32) + 1) * 127.5).astype(mx.uint8)
         return Image.fromarray(np.array(image))
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from .config import DiTConfig
 from .errors import SnapGenError
 from .files import atomic_write
-from .safetensors_io import read_header
+from .safetensors_io import TensorInfo, read_header
 
 FORMAT = {"format": "snapgen-mlx", "version": 1}
 SINGLE = "model.safetensors"
@@ -62,6 +62,13 @@ def weight_files(folder) -> dict[str, Path]:
         if odd := held ^ promised:
             raise SnapGenError(f"{folder / name} and {INDEX} disagree about {min(odd)!r}")
     return {key: folder / name for key, name in names.items()}
+
+
+def load_infos(folder) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of a component folder's weights, from the headers alone."""
+    files = weight_files(folder)
+    headers = {file: read_header(file) for file in set(files.values())}
+    return {key: headers[file][key] for key, file in files.items()}
 
 
 def load_tensors(folder) -> dict[str, mx.array]:
