@@ -1,30 +1,137 @@
 """``snapgen-mlx finetune``: train all widths of an elastic model on a folder of pictures."""
 
+import os
+import signal
+import time
+
 import click
 
 
 @click.command()
-@click.argument("model", type=click.Path(file_okay=False))
+@click.argument("model")
 @click.argument("data", type=click.Path(file_okay=False))
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New model.")
+@click.option("--caption", help="For pictures without one, such as: a photo of my dog.")
+@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+@click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-4)
-@click.option("--warmup", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def finetune(model, data, output, steps, minutes, batch, learning_rate, warmup, validation, seed):
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=1e-4,
+    show_default=True,
+)
+@click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+def finetune(model, data, output, caption, skip_bad, validation, minutes, batch, seed, **elastic):
     """Train every width of MODEL together on the pictures in DATA.
 
-    DATA holds pictures and a metadata.jsonl with file_name and text. The run's state is kept in
-    OUTPUT/run: the same command goes on where it stopped.
+    DATA holds pictures, and their captions in a metadata.jsonl or metadata.csv with file_name and
+    text, or in a .txt file beside each. The run's state is kept in OUTPUT/run: Ctrl-C stops it,
+    the same command goes on where it stopped.
     """
+    import mlx.core as mx
+
+    from snapgen_mlx.errors import SnapGenError
+    from snapgen_mlx.pipeline import resolve_model
+    from snapgen_mlx.training.data import read_folder, scan_folder, shorten
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
     from snapgen_mlx.training.loop import RunOptions
 
-    elastic = ElasticOptions(learning_rate=learning_rate, warmup=warmup, steps=steps)
-    options = RunOptions(elastic=elastic, batch=batch, minutes=minutes, seed=seed)
-    for record in run(model, data, output, options, validation):
-        click.echo("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+    speaks = mx.distributed.init().rank() == 0
+
+    def echo(line, **where):
+        if speaks:
+            click.echo(line, **where)
+
+    def pictures(folder):
+        if not skip_bad:
+            return read_folder(folder, caption)
+        examples, bad = scan_folder(folder, caption)
+        if not examples:
+            raise SnapGenError(f"{folder}: no picture can be used: {shorten(bad)}")
+        if bad:
+            echo(f"{folder}: left out {len(bad)} pictures: {shorten(bad)}", err=True)
+        return examples
+
+    elastic = ElasticOptions(**elastic)
+    options = RunOptions(elastic, batch=batch, seed=seed, minutes=minutes, log_every=10)
+    with Stop() as stop:
+        try:
+            sets = [pictures(folder) for folder in (data, validation) if folder]
+            started = None
+            for record in run(resolve_model(model), sets[0], output, options, *sets[1:], stop=stop):
+                if "encoded" in record:
+                    echo(f"encoded {record['encoded']} of {record['pictures']} pictures")
+                elif "step" in record:
+                    last = record
+                    started = started or time.monotonic()
+                    echo(progress(record, options, time.monotonic() - started))
+                else:
+                    change = [f"{k.split('/')[1]} {100 * v:.3g} %" for k, v in record.items()]
+                    echo(f"weights changed: {', '.join(change)}")
+        except KeyboardInterrupt:
+            echo("stopped; the same command goes on from the last saved state", err=True)
+            click.get_current_context().exit(128 + stop.signal)
+    if not last["done"]:
+        at = f"{last['step']} of {elastic.steps}"
+        echo(f"stopped after step {at}; the same command goes on from there", err=True)
+    if last["stopped"] and not last["done"]:
+        click.get_current_context().exit(128 + (stop.signal or signal.SIGINT))
+    echo(f"wrote {output}")
+
+
+def progress(record: dict, options, elapsed: float) -> str:
+    """One line of a record of the training loop; ``elapsed`` seconds so far."""
+    steps = options.elastic.steps
+    parts = [f"step {record['step']}/{steps}"]
+    for title in ("loss", "val"):
+        losses = [(k.split("/")[1], v) for k, v in record.items() if k.startswith(f"{title}/")]
+        if losses:
+            parts.append(" ".join([title, *(f"{name} {v:.4f}" for name, v in losses)]))
+    if "images/s" in record:
+        parts += [f"{record['images/s']:.3g} images/s", f"{record['peak GB']:.2f} GB"]
+        left = (steps - record["step"]) * options.batch / record["images/s"]
+        if options.minutes:
+            left = min(left, max(0, options.minutes * 60 - elapsed))
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Stop:
+    """Ctrl-C and SIGTERM end a run after its step; before the first step, or given twice, at once.
+
+    Called by the run after each step: is it to stop?
+    """
+
+    def __init__(self):
+        self.running, self.signal = False, None
+
+    def __call__(self) -> bool:
+        self.running = True
+        return self.signal is not None
+
+    def __enter__(self) -> "Stop":
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {n: signal.signal(n, self.receive) for n in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        again, self.signal = self.signal is not None, number
+        if again or not self.running:
+            raise KeyboardInterrupt
+        os.write(2, b"stopping after this step; once more stops at once\n")

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..safetensors_io import write_tensors
 
 KEEP = 2
 
@@ -23,17 +24,24 @@ def file_sha256(path) -> str:
 def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> None:
     """Write ``arrays`` and ``info`` as the state after ``step``; the oldest beyond two go.
 
-    The JSON with the checksum is written last: a state without it does not exist.
+    The JSON with the checksum is written last: a state without it does not exist. Raises
+    SnapGenError when the disk is full; the states before are then still there.
     """
     folder = Path(folder)
+    # What a process killed while it was writing left: each as large as a state.
+    for file in folder.glob(".state-*"):
+        file.unlink()
     weights = folder / f"state-{step:08d}.safetensors"
+    shapes = {k: (a.dtype, tuple(a.shape)) for k, a in arrays.items()}
     with atomic_write(weights) as tmp:
-        mx.save_safetensors(str(tmp), arrays)
+        write_tensors(tmp, shapes, arrays.items())
     with atomic_write(weights.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps({**info, "step": step, "sha256": file_sha256(weights)}))
-    for old in _states(folder)[KEEP:]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    # Later ones are damaged: the run went on from before them.
+    states = [path.stem for path in _states(folder) if path.stem <= weights.stem]
+    for file in folder.glob("state-*"):
+        if file.stem not in states[:KEEP]:
+            file.unlink()
 
 
 def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
@@ -47,12 +55,14 @@ def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
         weights = path.with_suffix(".safetensors")
         try:
             info = json.loads(path.read_text())
-            if info["sha256"] == file_sha256(weights):
+            if info["sha256"] == file_sha256(weights) and path.stem == f"state-{info['step']:08d}":
                 return mx.load(str(weights)), info
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     if states:
-        raise SnapGenError(f"no state in {folder} is whole; start the run again elsewhere")
+        raise SnapGenError(
+            f"no training state in {folder} is whole; remove it to start from the beginning"
+        )
     return None
 
 

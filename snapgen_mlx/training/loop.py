@@ -1,9 +1,12 @@
 """The life of a training run: steps, validation, state on disk, resumption."""
 
+import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +14,13 @@ from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..files import atomic_write
 from ..models.elastic import slice_flat
 from .checkpoint import load_state, save_state
 from .data import LatentDataset
 from .elastic import ElasticOptions, ElasticTrainer, sample_timesteps, validation_loss
+
+LOG = "log.jsonl"
 
 
 @dataclass
@@ -36,16 +42,21 @@ def train(
     run,
     options: RunOptions,
     validation: LatentDataset | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
     """Train all widths from the flat supernet ``params``; yields a record every ``log_every``
     steps.
 
     Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
     step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when
-    ``minutes`` ran out. Validation uses the averaged weights on fixed noise. Raises SnapGenError
-    when the state in ``run`` is of other data or options.
+    ``minutes`` ran out or ``stop``, asked after each step, said so (``stopped``). All but a last
+    one that is early go to ``run/log.jsonl``, which is thus the same however often a run was
+    interrupted. Validation uses the averaged weights on fixed noise. Raises SnapGenError when the
+    state in ``run`` is of other data or options, when it cannot be written, or when the loss is
+    no number any more.
     """
     o = options
+    run = Path(run)
     world = mx.distributed.init()
     if o.batch % world.size():
         raise UsageError(f"the batch of {o.batch} does not divide among {world.size()} processes")
@@ -54,18 +65,23 @@ def train(
     for name in ("minutes", "save_minutes", "log_every", "validate_every"):
         settings.pop(name)
     identity = {"options": settings, "data": data.fingerprint, "model": config.to_dict()}
-    step = 0
+    step, window = 0, []  # window: metrics since the last record
     if state := load_state(run):
         arrays, info = state
-        for name, value in json.loads(json.dumps(identity)).items():
-            if info.get(name) != value:
-                raise SnapGenError(f"the run in {run} has other {name}; resume with the same")
-        trainer.restore(arrays)
-        step = info["step"]
+        _check_identity(run, info, json.loads(json.dumps(identity)))
+        # In the order of a fresh trainer: norms sum over arrays, and round by their order.
+        trainer.restore({key: arrays[key] for key in trainer.state()})
+        step, window = info["step"], info.get("window", [])
+    _check_processes(world, step, identity)
+    if world.rank() == 0:
+        _trim_log(run / LOG, step)
+    if step == o.elastic.steps:
+        yield {"step": step, "done": True, "stopped": False}
 
     fixed = list(_fixed_batches(validation, o)) if validation else []
+    mx.reset_peak_memory()
     started = saved = since = time.monotonic()
-    window = []
+    mark = step
     while step < o.elastic.steps:
         rng = np.random.default_rng([o.seed, step])
         x0, text, masks = data.batch(rng, o.batch, o.text_dropout)
@@ -80,40 +96,107 @@ def train(
         metrics = trainer.step(x0, eps, t, text, masks, subnets)
         window.append({k: v.item() for k, v in metrics.items()})
         step += 1
+        if not all(map(math.isfinite, window[-1].values())):
+            raise SnapGenError(
+                f"the loss is no number any more at step {step}; train into another folder with "
+                "a lower learning rate"
+            )
         now = time.monotonic()
-        # Processes stop together, as soon as one finds the time over.
         over = o.minutes is not None and now - started > o.minutes * 60
-        out_of_time = mx.distributed.all_sum(mx.array(int(over))).item() > 0
-        last = step == o.elastic.steps or out_of_time
-        if step % o.log_every == 0 or last:
+        # Processes stop together, as soon as one is told to or finds the time over.
+        stopped, over = mx.distributed.all_sum(mx.array([stop(), over], mx.int32)).tolist()
+        done = step == o.elastic.steps
+        last = bool(done or stopped or over)
+        due = done or step % o.log_every == 0
+        if due or last:
             record = {"step": step}
             for name in sorted({k for m in window for k in m}):
                 record[name] = float(np.mean([m[name] for m in window if name in m]))
-            record["images/s"] = len(window) * o.batch / (now - since)
-            if fixed and (step % o.validate_every == 0 or last):
+            record["images/s"] = (step - mark) * o.batch / (now - since)
+            record["peak GB"] = mx.get_peak_memory() / 1e9
+            validate = step % o.validate_every == 0 or (last and not stopped)
+            if fixed and validate:
                 for i, name in enumerate(config.variants):
                     model = trainer.models[i]
                     model.update(tree_unflatten(list(slice_flat(trainer.ema, config, i).items())))
                     record[f"val/{name}"] = validation_loss(model, fixed)
-            if last:
-                record |= {"done": step == o.elastic.steps}
-            window, since = [], time.monotonic()
+        if due:
+            window = []
+            if world.rank() == 0:
+                _append_log(run / LOG, record)
         if last or now - saved > o.save_minutes * 60:
             if world.rank() == 0:
-                save_state(run, step, trainer.state(), identity)
+                save_state(run, step, trainer.state(), {**identity, "window": window})
             saved = time.monotonic()
-        if not window:
-            yield record
+        if due or last:
+            mark, since = step, time.monotonic()
+            yield record | ({"done": done, "stopped": bool(stopped)} if last else {})
         if last:
             return
 
 
-def averaged_weights(run) -> dict[str, mx.array]:
-    """Flat EMA parameters of the newest whole state in ``run``."""
+def _check_identity(run, info: dict, identity: dict) -> None:
+    """Raises SnapGenError that says in what a state differs from this run."""
+    for name, now in identity.items():
+        before = info.get(name)
+        if before == now:
+            continue
+        what = {"data": "other pictures, captions or latents", "model": "a model of other sizes"}
+        if name == "options":
+            old, new = ({**d.pop("elastic"), **d} for d in (before, now))
+            differ = [k for k in new if old.get(k) != new[k]]
+            what["options"] = ", ".join(f"{k} {old.get(k)}, not {new[k]}" for k in differ)
+        raise SnapGenError(
+            f"the run in {run} was started with {what[name]}; go on with the same as then, or "
+            "train into another folder"
+        )
+
+
+def _check_processes(world, step: int, identity: dict) -> None:
+    """Raises SnapGenError unless all processes start from the same."""
+    digest = hashlib.sha256(json.dumps([step, identity]).encode()).digest()[:8]
+    digests = mx.distributed.all_gather(mx.array([list(digest)]))
+    if mx.any(digests != digests[:1]).item():
+        raise SnapGenError(
+            "the processes have different data, options or training states; they need the same "
+            "files and a folder for the run that all of them see"
+        )
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop the records after ``step``, which a resumed run writes again, and one cut short."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    with atomic_write(path) as tmp:
+        tmp.write_text("".join(kept), encoding="utf-8")
+
+
+def _append_log(path: Path, record: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise SnapGenError(f"cannot write {path}: {e.strerror}; free some space") from e
+
+
+def saved_weights(run, group: str = "ema") -> dict[str, mx.array]:
+    """Flat weights of the newest whole state in ``run``: averaged ("ema") or as trained
+    ("params")."""
     state = load_state(run)
     if state is None:
         raise SnapGenError(f"there is no training state in {run}")
-    return {k.removeprefix("ema/"): a for k, a in state[0].items() if k.startswith("ema/")}
+    prefix = f"{group}/"
+    return {k.removeprefix(prefix): a for k, a in state[0].items() if k.startswith(prefix)}
 
 
 def _fixed_batches(data: LatentDataset, o: RunOptions):
