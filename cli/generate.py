@@ -1,11 +1,14 @@
 """``snapgen-mlx generate``: pictures from words."""
 
+import math
 import re
 import sys
 import time
 from pathlib import Path
 
 import click
+
+ENCODED_AT_ONCE = 64  # pictures; a heavy text encoder is loaded once for them
 
 
 def output_path(pattern: str, prompt: str, seed: int) -> Path:
@@ -15,10 +18,25 @@ def output_path(pattern: str, prompt: str, seed: int) -> Path:
     return path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
 
 
+def lora_option(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    """PATH[:SCALE] -> (path, scale)."""
+    pairs = []
+    for value in values:
+        path, _, scale = value.rpartition(":")
+        try:
+            pair = (path, float(scale)) if path else (value, 1.0)
+        except ValueError:
+            pair = value, 1.0  # the colon belongs to the path
+        if not math.isfinite(pair[1]):
+            raise click.BadParameter(f"{scale} is no scale", ctx, param)
+        pairs.append(pair)
+    return pairs
+
+
 @click.command()
 @click.argument("prompts", nargs=-1)
 @click.option("-m", "--model", help="Model folder or Hub id (default: the embedded model).")
-@click.option("--variant", help="Width of the model: tiny, small or full (default: the widest).")
+@click.option("--variant", help="auto, tiny, small or full (default: auto, the widest that fits).")
 @click.option("--steps", type=int, help="Denoising steps (default: the model's).")
 @click.option("--guidance", type=float, help="Classifier-free guidance (default: the model's).")
 @click.option("--negative", help="What the picture should not show; needs guidance above 1.")
@@ -28,7 +46,31 @@ def output_path(pattern: str, prompt: str, seed: int) -> Path:
 @click.option("--count", type=click.IntRange(1, 10000), help="That many seeds, from --seed on.")
 @click.option("-o", "--output", default="{prompt}-{seed}.png", show_default=True)
 @click.option("--from-metadata", "source", type=click.Path(), help="Repeat a PNG made before.")
-def generate(prompts, model, variant, seeds, count, output, source, **given):
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="PATH[:SCALE]",
+    callback=lora_option,
+    help="A LoRA of the transformer (safetensors); may be given several times.",
+)
+@click.option("--text-encoder", help="Another Gemma 3: a folder or Hub id, quantized or not.")
+@click.option("--low-ram", is_flag=True, help="Hold one part of the model at a time; slower.")
+@click.option("--explain", is_flag=True, help="Only print the memory that each width would need.")
+def generate(
+    prompts,
+    model,
+    variant,
+    seeds,
+    count,
+    output,
+    source,
+    loras,
+    text_encoder,
+    low_ram,
+    explain,
+    **given,
+):
     """Make a picture of each of PROMPTS with each seed.
 
     Without PROMPTS, or for a prompt "-", prompts are read from standard input, one a line.
@@ -38,8 +80,17 @@ def generate(prompts, model, variant, seeds, count, output, source, **given):
     from snapgen_mlx.errors import UsageError
     from snapgen_mlx.pipeline import Pipeline, read_metadata, save_png
 
+    if explain:
+        sizes = {k: given[k] for k in ("width", "height", "guidance")}
+        click.echo(_explanation(model, text_encoder, variant, low_ram, sizes))
+        return
     if source:
         found = read_metadata(source)
+        for option, here in (("loras", loras), ("text_encoder", text_encoder)):
+            if found.get(option) and not here:
+                names = found[option] if option == "text_encoder" else " ".join(found[option])
+                flag = option.rstrip("s").replace("_", "-")
+                raise UsageError(f"{source} was made with --{flag} {names}; give it again")
         prompts, variant = prompts or (found.pop("prompt"),), variant or found.pop("variant")
         seeds = seeds or (found.pop("seed"),)
         given = {k: found.get(k) if v is None else v for k, v in given.items()} | {
@@ -64,9 +115,21 @@ def generate(prompts, model, variant, seeds, count, output, source, **given):
     if len({path for *_, path in jobs}) < len(jobs):
         raise UsageError(f"{len(jobs)} pictures need {{prompt}} or {{seed}} in -o {output}")
 
-    pipe = Pipeline.load(model, variant)
+    pipe = Pipeline.load(
+        model,
+        variant,
+        text_encoder=text_encoder,
+        loras=loras,
+        low_ram=low_ram,
+        keep_encoders=False,
+        **{k: given[k] for k in ("width", "height", "guidance")},
+    )
+    if not pipe.encoders:
+        click.echo("note: this model has no text encoder; the prompt has no effect", err=True)
     jobs = [(pipe.settings(prompt, seed=seed, **given), path) for prompt, seed, path in jobs]
-    for settings, path in jobs:
+    for i, (settings, path) in enumerate(jobs):
+        if i % ENCODED_AT_ONCE == 0:
+            pipe.prepare([settings for settings, _ in jobs[i : i + ENCODED_AT_ONCE]])
         started = time.perf_counter()
         steps = pipe.stream(settings)
         with tqdm(total=settings.steps, desc=settings.prompt[:40], unit="step") as bar:
@@ -76,3 +139,17 @@ def generate(prompts, model, variant, seeds, count, output, source, **given):
                 bar.update()
         written = save_png(pipe.decode(step.x), path, pipe.metadata(settings))
         click.echo(f"{written}  {time.perf_counter() - started:.1f} s")
+
+
+def _explanation(model, text_encoder, variant, low_ram, sizes) -> str:
+    from snapgen_mlx.memory import ModelMemory, Request
+    from snapgen_mlx.pipeline import Settings, load_text_encoders, load_vae, resolve_model
+    from snapgen_mlx.weights import load_config
+
+    from .info import memory_table
+
+    folder = resolve_model(model)
+    s = Settings.of(load_config(folder), "any", **sizes)
+    memory = ModelMemory(folder, load_vae(folder), load_text_encoders(folder, text_encoder))
+    request = Request(s.width, s.height, s.guidance != 1, low_ram)
+    return memory_table(memory, request, variant)

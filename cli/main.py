@@ -8,8 +8,11 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 
 COMMANDS = {
     "generate": "Make pictures from words.",
+    "info": "Print what a model folder holds and the memory it needs.",
     "convert": "Turn a PyTorch checkpoint into an MLX model.",
     "export": "Write an MLX model back as a PyTorch checkpoint.",
+    "slice": "Cut one width of a model out to a model of its own.",
+    "init": "Write a model of random weights, for tests and benchmarks.",
     "finetune": "Train all widths of a model on your own pictures.",
 }
 

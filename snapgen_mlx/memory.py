@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .config import DiTConfig
 from .errors import UsageError
+from .models.dit import DiT
 from .models.tiny_decoder import TinyDecoderConfig
 from .models.vae import AutoencoderKLQwenImage, Decoder
 from .safetensors_io import NAMES
@@ -96,6 +97,11 @@ class ModelMemory:
         """Bytes of the transformer at one width, as it is computed with on this machine."""
         return sum(self._variant_tensors(variant))
 
+    def parameters(self, variant: str) -> int:
+        """Number of parameters of one width."""
+        dit = DiT(self.config.variant(self.config.variant_index(variant)))  # never evaluated
+        return sum(a.size for _, a in tree_flatten(dit.parameters()))
+
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
             parameters = tree_flatten(load_dit(self.folder, variant).parameters())
@@ -136,7 +142,7 @@ class ModelMemory:
     def _refusal(self, variant: str, request: Request) -> UsageError:
         def offer(option, variant, request, bits=None):
             peak = self.predict(variant, request, bits).peak
-            return [f"{option} ({_gb(peak)})"] if peak <= usable_memory() else []
+            return [f"{option} ({format_bytes(peak)})"] if peak <= usable_memory() else []
 
         narrower = self.config.variants[: self.config.variants.index(variant)]
         fitting = [v for v in narrower if self.fits(v, request)]
@@ -150,11 +156,10 @@ class ModelMemory:
         if self.metal and not self.is_quantized:
             offers += offer("a model converted with --quantize 4", variant, request, bits=4)
         what = f"{variant} at {request.width}x{request.height}"
-        need = _gb(self.predict(variant, request).peak)
+        need = format_bytes(self.predict(variant, request).peak)
         fit = f"what fits: {', '.join(offers)}" if offers else "no setting of this model fits"
-        return UsageError(
-            f"{what} needs about {need} of memory, {_gb(usable_memory())} can be used here; {fit}"
-        )
+        usable = format_bytes(usable_memory())
+        return UsageError(f"{what} needs about {need} of memory, {usable} can be used here; {fit}")
 
     def _loading(self, variant: str) -> int:
         """What loading holds beside the weights: some stored tensors, until cut or converted."""
@@ -171,8 +176,8 @@ class ModelMemory:
         return _small_vae_bytes(self._vae_config, h, w)
 
 
-def _gb(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+def format_bytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _smaller(request: Request):

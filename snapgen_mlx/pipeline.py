@@ -149,6 +149,15 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
 
+    @classmethod
+    def of(cls, config: dict, prompt: str, **given) -> "Settings":
+        """What is not given (or None) comes from a model's config."""
+        sampling = config.get("sampling", {})
+        size = sampling.get("size", 1024)
+        defaults = {"width": size, "height": size}
+        defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
+        return cls(prompt, **defaults | {k: v for k, v in given.items() if v is not None})
+
     @property
     def texts(self) -> list[str]:
         """What is to be encoded."""
@@ -224,11 +233,7 @@ class Pipeline:
 
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
-        sampling = self.config.get("sampling", {})
-        size = sampling.get("size", 1024)
-        defaults = {"width": size, "height": size}
-        defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
-        return Settings(prompt, **defaults | {k: v for k, v in given.items() if v is not None})
+        return Settings.of(self.config, prompt, **given)
 
     def encode(self, texts: list[str]) -> tuple[dict, dict]:
         """States and masks of texts by encoder name, as ``DiT`` takes them."""
@@ -311,14 +316,21 @@ class Pipeline:
         return self.decode(step.x)
 
     def metadata(self, settings: Settings) -> dict:
-        """What reproduces a picture, for its PNG."""
+        """What reproduces a picture, for its PNG; files by their names."""
         source = self.config.get("source", {})
+        encoder = self.text_encoder and Path(self.text_encoder).name
         return {
             **asdict(settings),
             "variant": self.variant,
             "model": source.get("name", self.folder.name),
+            **({"text_encoder": encoder} if encoder else {}),
+            **({"loras": _named(self.loras)} if self.loras else {}),
             "version": __version__,
         }
+
+
+def _named(loras) -> list[str]:
+    return [f"{Path(path).name}:{scale:g}" for path, scale in loras]
 
 
 def save_png(image: Image.Image, path, metadata: dict) -> Path:
@@ -343,7 +355,8 @@ def read_metadata(path) -> dict:
     try:
         with Image.open(path) as image:
             found = json.loads(image.text[METADATA_KEY])
-        return {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
+        settings = {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
+        return settings | {k: found[k] for k in ("text_encoder", "loras") if k in found}
     except OSError as e:
         raise SnapGenError(f"cannot read the picture {path}: {e}") from e
     except (AttributeError, KeyError, ValueError, TypeError) as e:

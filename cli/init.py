@@ -1,0 +1,32 @@
+"""``snapgen-mlx init``: a model of random weights."""
+
+import click
+
+
+@click.command()
+@click.argument("dest", type=click.Path())
+@click.option(
+    "--geometry",
+    required=True,
+    type=click.Choice(["full", "small", "tiny", "embedded"]),
+    help="full: the 1.6 B model of three widths; small, tiny: its widths; embedded: the shipped.",
+)
+@click.option("--random", "seed", required=True, type=click.IntRange(0), help="Seed.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mlx", "pytorch"]),
+    default="mlx",
+    show_default=True,
+    help="Of the checkpoint.",
+)
+def init(dest, geometry, seed, form):
+    """Write a model of random float32 weights to the new folder DEST.
+
+    For tests and benchmarks: it has an autoencoder and no text encoder, and its pictures are
+    noise.
+    """
+    from snapgen_mlx.convert.init import init as run
+
+    result = run(dest, geometry, seed, form)
+    click.echo(f"wrote {dest}, {result['bytes'] / 1e6:.1f} MB; its pictures are noise")

@@ -1,0 +1,106 @@
+"""Models of random weights, for tests and benchmarks: written tensor by tensor."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..config import DiTConfig
+from ..errors import UsageError
+from ..files import atomic_folder, atomic_write
+from ..models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+from ..models.elastic import random_supernet
+from ..models.vae import AutoencoderKLQwenImage, VAEConfig
+from ..weights import FORMAT, write_json
+from .export import export
+from .formats import Info
+from .plan import Component, Row
+from .steps import COPY
+from .write import check_disk, verify, write_components
+
+GEOMETRIES = ("full", "small", "tiny", "embedded")
+CARD = """# Random weights
+
+A SnapGen++ model of random weights ({geometry}, seed {seed}), for tests and benchmarks. It was
+never trained and has no text encoder: its pictures are noise.
+"""
+
+
+class _Random:
+    """A reader of tensors that are drawn when they are read, each once."""
+
+    files = ()
+
+    def __init__(self, tensors: dict[str, mx.array]):
+        self._tensors = tensors
+        self.infos = {key: Info("F32", tuple(a.shape)) for key, a in tensors.items()}
+
+    def read(self, key: str) -> mx.array:
+        return self._tensors.pop(key)
+
+
+def init(dest, geometry: str, seed: int, form: str = "mlx") -> dict:
+    """Write a float32 model of random weights and no text encoder, for "mlx" or "pytorch".
+
+    The same seed gives the same weights. Returns {"bytes"}. Raises UsageError for an unknown
+    geometry, SnapGenError when ``dest`` holds something or its disk is too small.
+    """
+    if geometry not in GEOMETRIES:
+        raise UsageError(f"no geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
+    with atomic_folder(Path(dest).expanduser().absolute()) as tmp:
+        if form == "mlx":
+            size = _write(tmp, geometry, seed)
+        else:
+            _write(tmp / "mlx", geometry, seed)
+            size = export(tmp / "mlx", tmp / "pytorch")["bytes"]
+            shutil.rmtree(tmp / "mlx")
+            for path in (tmp / "pytorch").iterdir():
+                path.rename(tmp / path.name)
+            (tmp / "pytorch").rmdir()
+        with atomic_write(tmp / "README.md") as card:
+            card.write_text(CARD.format(geometry=geometry, seed=seed))
+    return {"bytes": size}
+
+
+def _write(folder: Path, geometry: str, seed: int) -> int:
+    mx.random.seed(seed)
+    config = DiTConfig.preset(geometry)
+    transformer = random_supernet(config)
+    # A fresh model's output layer is zero, which would hide all before it.
+    shape = transformer["final.proj.weight"].shape
+    transformer["final.proj.weight"] = mx.random.normal(shape) * shape[-1] ** -0.5
+    if geometry == "embedded":
+        vae_config = SnapGenAutoencoderConfig()
+        vae, vae_name = SnapGenAutoencoder(vae_config), "SnapGenAutoencoder"
+        extra = {}
+    else:
+        vae_config = VAEConfig()
+        vae, vae_name = AutoencoderKLQwenImage(vae_config), "AutoencoderKLQwenImage"
+        extra = {"temperal_downsample": [False, True, True]}
+    vae_config = {"_class_name": vae_name, **asdict(vae_config), **extra}
+    components = {
+        "transformer": _component("transformer", config.to_dict(), transformer),
+        "vae": _component("vae", vae_config, dict(tree_flatten(vae.parameters()))),
+    }
+    folder.mkdir(exist_ok=True)
+    check_disk(folder, components)
+    write_components(folder, components, "mlx")
+    for name, component in components.items():
+        write_json(folder / name / "config.json", component.config)
+    size = 128 if geometry == "embedded" else 1024
+    sampling = {"steps": 4, "guidance": 1.0, "shift": 3.0, "size": size}
+    source = {"name": f"random weights, {geometry}, seed {seed}"}
+    write_json(folder / "config.json", {**FORMAT, "sampling": sampling, "source": source})
+    verify(folder, components)
+    return sum(c.nbytes for c in components.values())
+
+
+def _component(name: str, config: dict, tensors: dict[str, mx.array]) -> Component:
+    component = Component(name, Path(name), config, None, Path(name) / "config.json")
+    component.config, component.reader = config, _Random(tensors)
+    for key, info in component.reader.infos.items():
+        row = Row(key, info.shape, "random", key, mx.float32, step=COPY)
+        component.rows.append(row)
+    return component

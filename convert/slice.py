@@ -1,0 +1,84 @@
+"""One width of a supernet as a model of its own (architecture section 3)."""
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import DiTConfig
+from ..errors import SnapGenError, UsageError
+from ..files import atomic_folder
+from ..models.elastic import _in_bank, bank_index, slice_flat
+from ..weights import load_config, load_dit, write_json
+from .formats import open_weights
+from .hub import COMPONENTS
+from .plan import TOKENIZERS, Component, Row, as_they_are
+from .steps import Step
+from .write import check_disk, verify, write_components
+
+
+def slice_model(folder, dest, variant: str) -> dict:
+    """Cut a variant of the MLX model ``folder`` out to ``dest``, with all other parts copied.
+
+    Packed layers stay packed, so that the cut computes bit for bit what the supernet does at this
+    width. Weights are read one by one. Returns {"bytes"} of the transformer. Raises
+    UsageError for an unknown variant or a model of one width, SnapGenError for damaged files and
+    for layers whose quantization groups the width cuts through.
+    """
+    folder, dest = Path(folder), Path(dest).expanduser().absolute()
+    path = folder / "transformer"
+    source = load_config(path)
+    config = DiTConfig.from_dict(source)
+    index = config.variant_index(variant)
+    if len(config.widths) == 1:
+        raise UsageError(f"{folder} has this width alone; there is nothing to cut")
+    part = Component("transformer", path, source, None, path / "config.json")
+    part.reader = open_weights(path)
+    for row in as_they_are(part.reader):
+        part.rows += _cut(row, config, index)
+    part.config = config.variant(index).to_dict()
+    if quantization := source.get("quantization"):
+        part.config["quantization"] = _renamed(quantization, index)
+    with atomic_folder(dest) as tmp:
+        check_disk(tmp, {part.name: part})
+        for name in (*COMPONENTS, *TOKENIZERS.values()):
+            if name != part.name and (folder / name).is_dir():
+                shutil.copytree(folder / name, tmp / name)
+        for file in folder.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, tmp / file.name)
+        write_components(tmp, {part.name: part}, "mlx")
+        write_json(tmp / part.name / "config.json", part.config)
+        verify(tmp, {part.name: part})
+        load_dit(tmp)  # every key and shape is right
+    return {"bytes": part.nbytes}
+
+
+def _cut(row: Row, config: DiTConfig, index: int) -> list[Row]:
+    """What is stored of a tensor: nothing of another width's."""
+
+    def apply(a: mx.array) -> dict[str, mx.array]:
+        return slice_flat({row.source: a}, config, index)
+
+    try:
+        cut = apply(mx.zeros(row.shape, row.dtype))  # lazy: only its shape is wanted
+    except SnapGenError as e:
+        if row.dtype != mx.uint32 and not row.source.endswith((".scales", ".biases")):
+            raise
+        layer, width = row.source.rpartition(".")[0], config.widths[index]
+        raise SnapGenError(
+            f"{layer} is quantized in groups that width {width:g} cuts through; cut the model "
+            "before it is quantized"
+        ) from e
+    step = Step("slice", lambda a: next(iter(apply(a).values())))
+    return [Row(row.source, a.shape, "slice", key, a.dtype, step=step) for key, a in cut.items()]
+
+
+def _renamed(quantization: dict, index: int) -> dict:
+    """The entries of single layers by the variant's paths, without those of other widths."""
+    out = {}
+    for key, value in quantization.items():
+        bank = bank_index(f"{key}.weight")
+        if bank in (None, index):
+            out[key if bank is None else _in_bank(key, 0)] = value
+    return out
