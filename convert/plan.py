@@ -166,7 +166,9 @@ def _component(path: Path, name=None, config=None) -> Component:
         )
     usual_name, rules = kind(source_config, place)
     name = name or usual_name
-    if name.rstrip("_2") != usual_name.rstrip("_2"):  # text encoders may stand in either place
+    if name.removesuffix("_2") != usual_name.removesuffix(
+        "_2"
+    ):  # text encoders may stand in either place
         raise SnapGenError(f"{place} is of a {usual_name}, in the place of a {name}")
     component = Component(name, path, source_config, rules, place)
     if name in TOKENIZERS and rules:
