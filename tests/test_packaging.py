@@ -83,7 +83,7 @@ def test_help_is_quick_and_imports_no_mlx(run):
         "print('mlx' in sys.modules, cli.__file__, time.process_time())"
     )
     text, _, last = out.rstrip().rpartition("\n")
-    for command in ("generate", "convert", "export", "finetune"):
+    for command in ("generate", "info", "convert", "export", "slice", "init", "finetune"):
         assert f"  {command} " in text
     mlx, file, seconds = last.split()
     assert mlx == "False"
