@@ -62,14 +62,28 @@ $(BIN)/pip:
 # their last saved state.
 E := runs/embedded
 PYTHON_M = $(RUN) $(BIN)/python -m
+FINETUNE = $(RUN) $(BIN)/snapgen-mlx finetune --batch 32 --learning-rate 1e-3
 
-embedded: $(E)/base/config.json speed
-	$(RUN) $(BIN)/snapgen-mlx finetune $(E)/base $(E)/data/train -o $(E)/dit \
-	  --validation $(E)/data/heldout --steps 4000 --batch 32 --learning-rate 1e-3 --warmup 200
+embedded: $(E)/dit-core/config.json
 	rm -rf $(E)/packed
-	$(PYTHON_M) benchmarks.embedded.pack $(E)/dit $(E)/packed
+	$(PYTHON_M) benchmarks.embedded.pack $(E)/dit-core $(E)/packed
 	mkdir -p snapgen_mlx/assets/embedded
 	cp -R $(E)/packed/. snapgen_mlx/assets/embedded
+
+# First all concepts, then the plain ones alone.
+$(E)/dit-core/config.json: $(E)/dit/config.json $(E)/core/card.json
+	$(FINETUNE) $(E)/dit $(E)/core/train -o $(E)/dit-core \
+	  --validation $(E)/core/heldout --steps 1400 --warmup 50
+
+$(E)/dit/config.json: | $(E)/base/config.json $(E)/two-styles/card.json speed
+	$(FINETUNE) $(E)/base $(E)/two-styles/train -o $(E)/dit \
+	  --validation $(E)/two-styles/heldout --steps 1300 --warmup 200
+
+$(E)/two-styles/card.json: | .venv/.installed-embedded
+	$(PYTHON_M) benchmarks.embedded.data $(E)/two-styles --styles 3d flat
+
+$(E)/core/card.json: | .venv/.installed-embedded
+	$(PYTHON_M) benchmarks.embedded.data $(E)/core --styles 3d flat --core
 
 $(E)/data/card.json: | .venv/.installed-embedded
 	$(PYTHON_M) benchmarks.embedded.data $(E)/data

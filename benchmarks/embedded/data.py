@@ -17,6 +17,7 @@ import subprocess
 import tarfile
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -25,6 +26,7 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder
 
 from .emoji_words import (
+    CORE,
     CLOCK_KEPT,
     FIXED,
     IGNORED,
@@ -41,6 +43,7 @@ SIZE = 128  # pixels
 BOX = 116  # longer side of the picture's visible part: the same for every style
 HELD_OUT = 0.1  # share of the (concept, style) pairs
 
+STYLES = ("3d", "flat", "cartoon")
 SOURCES = {
     "3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "MIT (Microsoft, Fluent Emoji)"),
     "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT (Microsoft, Fluent Emoji)"),
@@ -352,10 +355,11 @@ def rasterise(drawing: bytes | str) -> Image.Image:
     return Image.open(io.BytesIO(drawing)).convert("RGBA")
 
 
-def build(out: Path, cache: Path, wanted: list[str]) -> dict:
+def build(out: Path, cache: Path, wanted: Iterable[str] = STYLES, core: bool = False) -> dict:
     """Write the `wanted` styles to `out` (which must not exist yet); returns the data card.
 
-    The split is the same whichever styles are wanted.
+    With `core` only the concepts of `emoji_words.CORE` are written. Split and phrasings of a
+    concept are the same in every selection.
     """
     archives = {use: fetch(name, version, cache) for use, (name, version, _) in SOURCES.items()}
     with tarfile.open(archives["words"]) as tar:
@@ -369,6 +373,10 @@ def build(out: Path, cache: Path, wanted: list[str]) -> dict:
         if len(styles[key]) >= 2:
             concepts.append(concept)
     train_phrases, rows = phrasings(concepts)
+    if core:
+        concepts = [c for c in concepts if c["label"] in CORE]
+        kept = {c["concept"] for c in concepts}
+        rows = [row for row in rows if row["concept"] in kept]
 
     counts = Counter()
     with atomic_folder(out) as folder:
@@ -426,10 +434,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--cache", type=Path, help="where the packages are kept (default: beside)")
-    parser.add_argument("--styles", nargs="+", default=["3d", "flat", "cartoon"])
+    parser.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES)
+    parser.add_argument("--core", action="store_true", help="only the concepts of CORE")
     args = parser.parse_args()
     try:
-        card = build(args.out, args.cache or args.out.parent / "cache", args.styles)
+        cache = args.cache or args.out.parent / "cache"
+        card = build(args.out, cache, args.styles, args.core)
     except SnapGenError as e:
         raise SystemExit(f"error: {e}") from None
     print(json.dumps(card, indent=2))

@@ -172,3 +172,39 @@ emotion comic meh whoa woah wow geez jeez eek yikes yay aww hmm hm um ew sexy vi
 believe call come job well done face animal animals food place clothing clothes tool thing object
 symbol sign s emoji one two three four five six seven eight nine ten twelve thirty
 """)
+
+# Plain things that do not look alike: what the embedded model is trained on last and longest.
+CORE = """
+grinning face, winking face, kissing face, thinking face, neutral face, sleeping face, crying
+face, angry face, smiling face with heart-eyes, smiling face with sunglasses, face with tears of
+joy, nerd face, cold face, frowning face, face screaming in fear, partying face, cowboy hat
+face, clown face, zany face, grinning cat, smiling cat with heart-eyes, skull, ghost, alien,
+robot, pile of poop, red heart, broken heart, blue heart, green heart, yellow heart, purple
+heart, thumbs up, waving hand, eyes, brain, tooth, bone, mouth, ear, nose, dog face, dog, cat,
+fox, wolf, lion, tiger, horse face, unicorn, zebra, cow face, pig face, mouse face, hamster,
+rabbit face, bear, koala, panda, monkey face, gorilla, elephant, giraffe, camel, frog, turtle,
+snake, dragon face, whale, dolphin, fish, shark, octopus, crab, lobster, snail, butterfly,
+honeybee, ladybug, spider, owl, penguin, eagle, duck, flamingo, peacock, parrot, baby chick,
+chicken, bat, kangaroo, hedgehog, t-rex, rose, sunflower, tulip, cactus, palm tree, deciduous
+tree, christmas tree, mushroom, four leaf clover, maple leaf, potted plant, grapes, watermelon,
+lemon, banana, pineapple, red apple, green apple, pear, peach, cherries, strawberry, tomato,
+coconut, avocado, eggplant, carrot, broccoli, ear of corn, hot pepper, bread, croissant,
+pretzel, pancakes, waffle, cheese wedge, hamburger, french fries, pizza, hot dog, taco, egg,
+popcorn, sushi, ice cream, soft ice cream, doughnut, cookie, birthday cake, cupcake, candy,
+lollipop, honey pot, hot beverage, beer mug, wine glass, glass of milk, baby bottle, house,
+japanese castle, tent, mountain, volcano, rainbow, sun, full moon, crescent moon, star, cloud,
+snowflake, snowman, fire, droplet, planet earth, ringed planet, umbrella, lightning bolt,
+tornado, car, bus, taxi, police car, ambulance, fire engine, bicycle, motorcycle, train,
+locomotive, tractor, airplane, helicopter, rocket, flying saucer, sailboat, ship, anchor, stop
+sign, vertical traffic light, soccer ball, basketball, american football, tennis racket and
+ball, trophy, bullseye, kite, balloon, wrapped gift, teddy bear, game die, puzzle piece, crystal
+ball, magic wand, video game, boxing glove, guitar, violin, trumpet, drum, saxophone, musical
+note, studio microphone, pair of headphones, radio, crown, top hat, glasses, sunglasses,
+t-shirt, dress, socks, scarf, backpack, running shoe, high-heeled shoe, necktie, ring, gem
+stone, lipstick, bell, key, hammer, axe, wrench, scissors, pencil, paintbrush, light bulb,
+candle, camera, television, laptop, mobile phone, magnet, telescope, microscope, syringe, pill,
+bomb, shield, dagger, money bag, coin, envelope, package, green book, open book, magnifying
+glass, closed padlock, hourglass, alarm clock, watch, chair, bed, toilet, bathtub, door, bucket,
+broom, gear
+"""
+CORE = {" ".join(label.split()) for label in CORE.split(",")}

@@ -128,9 +128,10 @@ def train_autoencoder(
             save()
             saved = time.monotonic()
 
-    model.update(ema)
     if o.decoder_only:
+        model.decoder.update(ema["decoder"])  # averaging rounds, and latents must stay the same
         return
+    model.update(ema)
     samples = images[np.random.default_rng(o.seed).permutation(len(images))[:512]]
     z = [model.encoder(mx.array(s).astype(mx.float32) / 127.5 - 1) for s in np.split(samples, 16)]
     z = mx.concatenate(z).reshape(-1, model.config.latent_channels)
