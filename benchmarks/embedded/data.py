@@ -26,8 +26,8 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder
 
 from .emoji_words import (
-    CORE,
     CLOCK_KEPT,
+    CORE,
     FIXED,
     IGNORED,
     KEPT_VARIANTS,
