@@ -1,6 +1,8 @@
-"""Pack a trained MODEL for shipping: 8-bit transformer (groups of 32), float16 autoencoder.
+"""Pack a trained MODEL for shipping: 6 bits for most of the transformer, 8 where low bits show.
 
-python -m benchmarks.embedded.pack MODEL OUT [--bits 8]
+    python -m benchmarks.embedded.pack MODEL OUT [--bits 6]
+
+Groups of 32, since every slice of a packed axis is a multiple of it; the autoencoder in float16.
 """
 
 import argparse
@@ -9,24 +11,27 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from snapgen_mlx.convert.transformer import bits as layer_bits
 from snapgen_mlx.files import atomic_folder
 from snapgen_mlx.weights import load_config, load_tensors, save_tensors, write_json
 
-GROUP = 32  # the narrowest slice of every packed axis is a multiple of it
+GROUP = 32
 
 
 def pack_transformer(source: Path, out: Path, bits: int) -> None:
     tensors = {}
+    quantization = {"group_size": GROUP, "bits": bits}
     for key, a in load_tensors(source).items():
         layer = key.removesuffix(".weight")
-        # Matrices of Linear layers; in a bank of modulation they are as good a place to save.
-        if layer != key and a.ndim == 2 and a.shape[-1] % GROUP == 0:
-            names = (f"{layer}.weight", f"{layer}.scales", f"{layer}.biases")
-            tensors |= zip(names, mx.quantize(a.astype(mx.float16), GROUP, bits), strict=True)
-        else:
+        if layer == key or a.ndim != 2 or a.shape[-1] % GROUP:
             tensors[key] = a.astype(mx.float16)
-    config = {**load_config(source), "quantization": {"group_size": GROUP, "bits": bits}}
-    write_json(out / "config.json", config)
+            continue
+        own = layer_bits(layer, bits)
+        names = (f"{layer}.weight", f"{layer}.scales", f"{layer}.biases")
+        tensors |= zip(names, mx.quantize(a.astype(mx.float16), GROUP, own), strict=True)
+        if own != bits:
+            quantization[layer] = {"group_size": GROUP, "bits": own}
+    write_json(out / "config.json", {**load_config(source), "quantization": quantization})
     save_tensors(out, tensors)
 
 
@@ -34,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--bits", type=int, default=6)
     args = parser.parse_args()
     with atomic_folder(args.out) as out:
         config = load_config(args.model)

@@ -11,9 +11,9 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..models.dit import DiT
-from ..models.elastic import slice_flat
+from ..models.elastic import random_supernet, slice_flat
 from ..pipeline import load_text_encoders, load_vae
-from ..weights import assign, load_config, load_supernet, save_tensors, write_json
+from ..weights import assign, dequantize, load_config, load_supernet, save_tensors, write_json
 from .checkpoint import file_sha256
 from .data import Example, LatentDataset, cached_latents
 from .elastic import norm
@@ -31,10 +31,10 @@ def finetune(
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
     Before them come records of pictures encoded (``data.cached_latents``), after them
-    ``weight_change``. Writes the trained model (the averaged weights, with everything else of
-    ``model`` beside them) to ``output``, unless ``stop`` ended the run; the run's state lies in
-    ``output/run`` and is resumed from there, latents in ``output/cache``. Raises SnapGenError for
-    bad folders, and when training changed nothing.
+    ``weight_change``. Writes the trained model (the averaged weights in floats, with everything
+    else of ``model`` beside them) to ``output``, unless ``stop`` ended the run; the run's state
+    lies in ``output/run`` and is resumed from there, latents in ``output/cache``. Raises
+    SnapGenError for bad folders, and when training changed nothing.
     """
     model, output = Path(model), Path(output)
     if output.resolve().is_relative_to(model.resolve()):
@@ -42,8 +42,8 @@ def finetune(
     if (output / "config.json").exists() and not (output / "run").is_dir():
         raise UsageError(f"{output} holds another model; choose another folder")
     config, params = load_supernet(model)
-    if any(key.endswith(".scales") for key in params):
-        raise SnapGenError(f"{model} is quantized; train the model in floats it was made from")
+    # A quantized model, such as the embedded one, is trained from the floats it stands for.
+    params = dequantize(params, {k: a.shape for k, a in random_supernet(config).items()})
     for i in range(len(config.widths)):
         dit = DiT(config.variant(i) if len(config.widths) > 1 else config)
         assign(dit, slice_flat(params, config, i), model / "transformer")
