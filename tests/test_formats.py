@@ -6,6 +6,7 @@ import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -268,28 +269,15 @@ def test_dcp(tmp_path):
     refused(tmp_path / "d", "missing")
 
 
-def _shard(rank, folder):
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.tensor import Shard, distribute_tensor
+def test_dcp_of_two_ranks():
+    """What FSDP writes: each rank its part of every tensor, split unevenly.
 
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    `python -m tests.two_ranks` wrote the files, in two processes.
+    """
+    folder = Path(__file__).parent / "data" / "two_ranks"
+    assert len(list(folder.glob("*.distcp"))) == 2
     x = torch.arange(35.0).reshape(5, 7)
-    content = {f"dim{d}": distribute_tensor(x, mesh, [Shard(d)]) for d in (0, 1)}
-    dcp.save(
-        {**content, "bf16": distribute_tensor(x.bfloat16(), mesh, [Shard(1)])},
-        checkpoint_id=f"{folder}/dcp",
-    )
-    dist.destroy_process_group()
-
-
-def test_dcp_of_two_ranks(tmp_path):
-    """What FSDP writes: each rank its part of every tensor, split unevenly."""
-    torch.multiprocessing.spawn(_shard, args=(tmp_path,), nprocs=2)
-    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
-    x = torch.arange(35.0).reshape(5, 7)
-    assert_same(open_weights(tmp_path / "dcp"), {"dim0": x, "dim1": x, "bf16": x.bfloat16()})
+    assert_same(open_weights(folder), {"dim0": x, "dim1": x, "bf16": x.bfloat16()})
 
 
 def test_dcp_runs_nothing(tmp_path):
