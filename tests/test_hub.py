@@ -25,8 +25,6 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
         fake.repos["org/model"] = repository(tmp_path / "repository")
         yield fake
@@ -155,7 +153,9 @@ def test_interrupted_download_goes_on_where_it_was(hub):
 
 
 @pytest.mark.parametrize("what", ["api", "config.json"])
-def test_silence_ends_in_a_timeout(hub, what):
+def test_silence_ends_in_a_timeout(hub, what, monkeypatch):
+    name = "HF_HUB_ETAG_TIMEOUT" if what == "api" else "HF_HUB_DOWNLOAD_TIMEOUT"
+    monkeypatch.setattr(constants, name, 0.3)
     hub.hang.add(what)
     with pytest.raises(SnapGenError) as e:
         resolve("org/model")
