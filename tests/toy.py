@@ -53,7 +53,7 @@ def toy_data(n: int = 16, seed: int = 0) -> LatentDataset:
 
 def toy_options(steps: int = 30, learning_rate: float = 3e-3, **options) -> RunOptions:
     elastic = ElasticOptions(learning_rate=learning_rate, warmup=3, steps=steps, ema=0.95)
-    defaults = dict(batch=4, log_every=3, validate_every=6, save_minutes=1e9)
+    defaults = dict(batch=4, log_every=2, validate_every=8, save_minutes=1e9)
     return RunOptions(elastic, **{**defaults, **options})
 
 

@@ -166,9 +166,11 @@ def _check_processes(world, step: int, identity: dict) -> None:
 def _trim_log(path: Path, step: int) -> None:
     """Drop the records after ``step``, which a resumed run writes again, and one cut short."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return
+    except OSError as e:
+        raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
     kept = []
     for line in lines:
         try:
