@@ -14,7 +14,7 @@ from snapgen_mlx.files import atomic_folder
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.weights import FORMAT, save_tensors, write_json
 
-SAMPLING = {"steps": 28, "guidance": 4.0, "shift": 3.0, "size": 128}
+SAMPLING = {"steps": 12, "guidance": 4.0, "shift": 3.0, "size": 128}
 
 
 def main():
