@@ -73,7 +73,8 @@ def source(tmp_path_factory):
 def hub(source, tmp_path_factory):
     with FakeHub() as fake:
         fake.repos["org/model"] = source
-        fake.env = fake.environment(tmp_path_factory.mktemp("cache"))
+        patience = {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60"}
+        fake.env = fake.environment(tmp_path_factory.mktemp("cache")) | patience
         yield fake
 
 
@@ -105,10 +106,10 @@ def generate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "decode", record)
 
-    def run(model, prompt=PROMPT, **options):
+    def run(model, prompt=PROMPT, *flags, **options):
         path = tmp_path / f"{len(decoded)}.png"
         given = [f"--{name}={value}" for name, value in options.items()]
-        invoke("generate", prompt, "-m", model, "-o", path, *given)
+        invoke("generate", prompt, "-m", model, "-o", path, *given, *flags)
         with Image.open(path) as image:
             return decoded[-1], np.array(image)
 
@@ -169,6 +170,19 @@ def test_settings_of_the_checkpoint(converted, reference, generate):
     """Its scheduler's shift, and the 28 guided steps of a base model."""
     ours = generate(converted, width=64, height=64)
     same_picture(ours, expected(reference, steps=28, guidance=4.0, shift=2.5))
+
+
+def test_low_ram(converted, reference, generate):
+    """Phases that free each other, and smaller tiles."""
+    sampling = dict(steps=2, guidance=2.0, seed=7)
+    ours = generate(converted, PROMPT, "--low-ram", width=320, height=64, **sampling)
+    same_picture(ours, expected(reference, size=(320, 64), shift=2.5, **sampling))
+
+
+def test_a_width_cut_out(converted, reference, tmp_path, generate):
+    invoke("slice", converted, tmp_path / "small", "--variant", "small")
+    ours = generate(tmp_path / "small", width=64, height=64, steps=2, guidance=2.0)
+    same_picture(ours, expected(reference, "small", steps=2, guidance=2.0, shift=2.5))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
