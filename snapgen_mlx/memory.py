@@ -87,7 +87,10 @@ class ModelMemory:
         self.encoders = sum(map(weight_bytes, encoders))
         self._encoding = sum(map(_encoding_bytes, encoders))
         self._text_tokens = 1 + sum(TEXT_TOKENS.get(e.name, 0) for e in encoders)
-        infos = load_infos(transformer)
+        names = {e.name for e in encoders}
+        # Weights that no text passes through are never read.
+        self._unread = tuple(f"text_embed.{n}." for n in self.config.text_dims if n not in names)
+        infos = {k: i for k, i in load_infos(transformer).items() if not k.startswith(self._unread)}
         self.is_quantized = any(key.endswith(".scales") for key in infos)
         self._stored = max(info.nbytes for info in infos.values())
         self._is_cast = {NAMES[compute_dtype()]} != {info.dtype for info in infos.values()}
@@ -105,21 +108,28 @@ class ModelMemory:
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
             parameters = tree_flatten(load_dit(self.folder, variant).parameters())
-            self._tensors[variant] = [a.nbytes for _, a in parameters]
+            self._tensors[variant] = [
+                a.nbytes for path, a in parameters if not path.startswith(self._unread)
+            ]
         return self._tensors[variant]
+
+    def keeps_encoders(self, request: Request) -> bool:
+        """Whether the text encoders stay in memory while a picture is made."""
+        is_wanted = request.keep_encoders or self.encoders <= HEAVY_ENCODERS
+        return is_wanted and not request.low_ram
 
     def predict(self, variant: str, request: Request, bits: int | None = None) -> Prediction:
         """Peaks for one width; with ``bits`` = 4 as if the model were quantized to them."""
         r, factor = request, FOUR_BITS if bits else 1
         dit, encoders = int(factor * self.weights(variant)), int(factor * self.encoders)
-        keep = r.keep_encoders or (encoders <= HEAVY_ENCODERS and not r.low_ram)
+        keep = self.keeps_encoders(r)
         kept = encoders if keep else 0
         beside = 0 if r.low_ram else self.decoder
         h, w = r.height // 8, r.width // 8
         config = self.config.variant(self.config.variant_index(variant))
         denoise = _denoising_bytes(config, h, w, 1 + r.guided, self._text_tokens, self.metal)
         return Prediction(
-            encode=encoders + self._encoding + (dit + beside if keep else 0),
+            encode=encoders and encoders + self._encoding + (dit + beside if keep else 0),
             denoise=dit + kept + beside + max(denoise, self._loading(variant)),
             decode=self.decoder + (0 if r.low_ram else dit + kept) + self._decoding(h, w, r.tile),
         )
@@ -245,7 +255,7 @@ def _large_vae_bytes(config, h: int, w: int, tile: int, metal: bool) -> int:
 def _small_vae_bytes(config: TinyDecoderConfig, h: int, w: int) -> int:
     """A decoder of separable blocks, never tiled, always in float32."""
     stages = [
-        4**stage * channels * (20 + 4 * config.expansion)
+        4**stage * channels * (18 + 4 * config.expansion)
         for stage, channels in enumerate(config.channels)
     ]
     return 4 * h * w * (max(stages) + 60 * 4 ** (len(stages) - 1))

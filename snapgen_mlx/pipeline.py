@@ -15,7 +15,7 @@ from . import __version__
 from .config import DiTConfig
 from .errors import SnapGenError, UsageError
 from .files import atomic_write
-from .memory import HEAVY_ENCODERS, LOW_RAM_TILE, TILE, ModelMemory, Request
+from .memory import LOW_RAM_TILE, TILE, ModelMemory, Request
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
 from .sampling import Step, denoise, schedule
 from .weights import FORMAT, assign, compute_dtype, load_config, load_dit, load_tensors
@@ -186,7 +186,7 @@ class Pipeline:
         if text_encoder and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.text_encoder, self.loras = text_encoder, list(loras)
-        self.low_ram, self.keep_encoders = low_ram, keep_encoders and not low_ram
+        self.low_ram, self.keep_encoders = low_ram, keep_encoders
         self._texts = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders)
         if variant in (None, "auto"):
@@ -256,12 +256,12 @@ class Pipeline:
         in memory makes place for them before.
         """
         texts = dict.fromkeys(text for s in settings for text in s.texts)
-        is_light = self.memory.encoders <= HEAVY_ENCODERS and not self.low_ram
-        if not (self.keep_encoders or is_light):
+        keep = self.memory.keeps_encoders(self._request(settings[0]))
+        if not keep:
             self.free("dit", "vae")
         self._texts = {text: self.encode([text]) for text in texts}
         mx.eval(self._texts)
-        if not (self.keep_encoders or is_light):
+        if not keep:
             self.free("encoders")
 
     def stream(self, settings: Settings) -> Iterator[Step]:
