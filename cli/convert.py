@@ -2,6 +2,8 @@
 
 import click
 
+from .generate import lora_option
+
 
 @click.command()
 @click.argument("source")
@@ -18,11 +20,19 @@ import click
 @click.option(
     "--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a single file."
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="PATH[:SCALE]",
+    callback=lora_option,
+    help="Fuse a LoRA into the transformer; may be given several times.",
+)
 @click.option("--dry-run", is_flag=True, help="Only print what would be written.")
 @click.option(
     "--report", type=click.Path(dir_okay=False), help="Write a JSON table of all tensors."
 )
-def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run, report):
+def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, dry_run, report):
     """Convert SOURCE, a PyTorch checkpoint, into DEST, a folder for MLX.
 
     SOURCE is a Hub id (org/name or org/name@revision), a folder of a whole checkpoint or of one
@@ -44,6 +54,7 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, dry_run,
             quantize=int(quantize) if quantize else None,
             ema=ema,
             config=config,
+            loras=loras,
             dry_run=dry_run,
             progress=_progress(),
         )

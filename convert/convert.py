@@ -9,11 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import SnapGenError
+from ..config import DiTConfig
+from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
+from ..lora import Update, fuse_lora, load_lora
 from ..weights import FORMAT, read_json, write_json
 from .hub import commit_of, resolve
 from .plan import TOKENIZERS, Component, Row, find_components, plan
+from .steps import Step
 from .write import check_disk, verify, write_components
 
 JOURNAL = "journal.json"
@@ -30,6 +33,7 @@ def convert(
     quantize: int | None = None,
     ema: bool = False,
     config=None,
+    loras=(),
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
@@ -38,8 +42,8 @@ def convert(
     Args: source, a Hub id, a folder or a weight file; dest, the folder to make; only, component
         names; dtype of the floating weights (default: the source's); quantize, 4 or 8 bits for the
         matrices of the transformer and of Gemma (float32 sources then become bfloat16); ema, take
-        the EMA weights; config, the config.json of a single file; dry_run, only plan;
-        progress(bytes done, bytes in all).
+        the EMA weights; config, the config.json of a single file; loras, pairs (LoRA file, scale)
+        to fuse into the transformer; dry_run, only plan; progress(bytes done, bytes in all).
     Returns a report (JSON-ready) with a row per tensor. ``report["status"]`` is "planned",
     "converted", "resumed" or "complete" (``dest`` held the same conversion already).
 
@@ -53,6 +57,8 @@ def convert(
     for component in components.values():
         plan(component, dtype, quantize, ema)
     settings = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
+    if loras:
+        settings["loras"] = _fuse(components, loras)
     report = _report(source, path, settings, components)
     if dry_run:
         return report | {"status": "planned"}
@@ -85,6 +91,31 @@ def convert(
 
 
 # --- before writing
+
+
+def _fuse(components: dict[str, Component], loras) -> list[dict]:
+    """Let the transformer's rows add the LoRAs before they are quantized; says what was added."""
+    if "transformer" not in components:
+        raise UsageError("a LoRA is for the transformer, which is not among what is converted")
+    part = components["transformer"]
+    rows = {row.target: row for row in part.rows}
+    added = []
+    for path, scale in loras:
+        for layer, update in load_lora(path, DiTConfig.from_dict(part.config), None, scale).items():
+            row = rows[f"{layer}.weight"]
+            row.step = _with_update(row.step, update)
+            row.action += ", LoRA"
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        added.append({"name": Path(path).name, "scale": scale, "sha256": digest})
+    return added
+
+
+def _with_update(step: Step, update: Update) -> Step:
+    def apply(a: mx.array) -> mx.array:
+        return fuse_lora({"layer.weight": step.apply(a)}, {"layer": update})["layer.weight"]
+
+    return Step(step.action, apply)
 
 
 def _name(dtype: mx.Dtype | None) -> str | None:
@@ -151,8 +182,9 @@ def _head(path: Path, index: dict, report: dict) -> dict:
             raise SnapGenError(f"{scheduler}: shift is {shift!r}; it must be a positive number")
     if isinstance(index.get("sampling"), dict):
         sampling |= index["sampling"]
-    keys = ("source", "revision", "quantize", "dtype", "ema", "files")
-    return {**FORMAT, "sampling": sampling, "source": {key: report[key] for key in keys}}
+    keys = ("source", "revision", "quantize", "dtype", "ema", "loras", "files")
+    made = {key: report[key] for key in keys if key in report}
+    return {**FORMAT, "sampling": sampling, "source": made}
 
 
 def _is_complete(dest: Path, components, head: dict) -> bool:

@@ -4,14 +4,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
+from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.export import export
+from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.lora import LoRALinear, add_lora, fuse_lora, load_lora
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
-from snapgen_mlx.weights import assign, load_dit, load_supernet
+from snapgen_mlx.weights import assign, load_config, load_dit, load_supernet
 
 from .tiny import write_tiny_model
 
@@ -217,3 +221,47 @@ def test_quantized_layers_get_the_update_beside_them(tmp_path):
     add_lora(dit, half)
     add_lora(dit, nothing)
     np.testing.assert_allclose(dit(x, t, text), expected, atol=1e-3 * mx.abs(expected).max().item())
+
+
+# --- fused by convert
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torch") / "model"
+    export(model, folder)
+    return folder
+
+
+def test_convert_fuses_loras_into_every_width(model, checkpoint, tmp_path):
+    lora = random_lora()
+    path = save(tmp_path / "lora.safetensors", lora, alpha=1)
+    convert(checkpoint, tmp_path / "out", loras=[(path, 0.5), (path, 1.0)])
+    config, params = load_supernet(model)
+    assert_close(load_supernet(tmp_path / "out")[1], updated(params, lora, 1.5 / RANK))
+    for variant in config.variants:  # as if it were given at run time
+        ours = flat(load_dit(tmp_path / "out", variant))
+        theirs = flat(load_dit(model, variant, loras=[(path, 1.5)]))
+        assert_close(ours, {k: np.array(a) for k, a in theirs.items()})
+
+
+def test_convert_with_loras_is_one_conversion_of_its_own(checkpoint, tmp_path):
+    path = save(tmp_path / "lora.safetensors", random_lora())
+    command = ["convert", str(checkpoint), str(tmp_path / "out"), "--lora", f"{path}:0.5"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    made = load_config(tmp_path / "out")["source"]["loras"]
+    assert [(m["name"], m["scale"]) for m in made] == [("lora.safetensors", 0.5)]
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0 and "nothing to do" in again.output
+    for other in ([], ["--lora", str(path)]):
+        result = CliRunner().invoke(main, command[:3] + other)
+        assert result.exit_code == 1 and "something else" in result.stderr
+
+
+def test_convert_refuses_loras_that_do_not_fit(checkpoint, tmp_path):
+    path = save(tmp_path / "lora.safetensors", random_lora({"blocks.0.to_q": (64, 64)}))
+    with pytest.raises(SnapGenError, match="2 of 2 keys fit no layer"):
+        convert(checkpoint, tmp_path / "out", loras=[(path, 1.0)])
+    with pytest.raises(UsageError, match="transformer"):
+        convert(checkpoint, tmp_path / "out", only=["vae"], loras=[(path, 1.0)])
+    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
