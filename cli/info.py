@@ -91,6 +91,7 @@ def _source(source) -> str:
 
 def _stored(folder: Path) -> str:
     """ "12.3 M parameters, 8.5 bits per weight, 13 MB" """
+    from snapgen_mlx.errors import SnapGenError
     from snapgen_mlx.memory import format_bytes
     from snapgen_mlx.weights import load_config, load_infos
 
@@ -103,7 +104,11 @@ def _stored(folder: Path) -> str:
         if scales is None:
             count += prod(i.shape)
         elif part == "weight":
-            count += prod(scales.shape) * quantization.get(layer, quantization)["group_size"]
+            try:
+                count += prod(scales.shape) * quantization.get(layer, quantization)["group_size"]
+            except (AttributeError, KeyError, TypeError) as e:
+                where = folder / "config.json"
+                raise SnapGenError(f"{where} does not say how {layer} is quantized") from e
         elif part == "bias":
             count += prod(i.shape)
     size = sum(i.nbytes for i in infos.values())

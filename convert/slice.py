@@ -37,8 +37,8 @@ def slice_model(folder, dest, variant: str) -> dict:
     for row in as_they_are(part.reader):
         part.rows += _cut(row, config, index)
     part.config = config.variant(index).to_dict()
-    if quantization := source.get("quantization"):
-        part.config["quantization"] = _renamed(quantization, index)
+    if isinstance(source.get("quantization"), dict):
+        part.config["quantization"] = _renamed(source["quantization"], index)
     with atomic_folder(dest) as tmp:
         check_disk(tmp, {part.name: part})
         for name in (*COMPONENTS, *TOKENIZERS.values()):

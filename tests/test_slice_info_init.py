@@ -193,7 +193,12 @@ def test_info_reads_no_weights(model):
     assert mx.get_peak_memory() - before < 10_000
 
 
-def test_info_of_what_is_no_model(model, tmp_path):
+def test_info_of_what_is_no_model(packed_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(packed_model, folder)
+    config = load_config(folder / "transformer") | {"quantization": {"bits": 8}}
+    write_json(folder / "transformer" / "config.json", config)
+    assert "is quantized" in one_line(run("info", folder), 1)
     one_line(run("info", tmp_path / "nowhere"), 1)
     assert "config.json" in one_line(run("info", tmp_path), 1)
     (tmp_path / "model_index.json").write_text("{}")
