@@ -8,14 +8,18 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
 
 FRESH = """
 import time; t = time.perf_counter()
+import mlx.core as mx
 from snapgen_mlx import Pipeline
-Pipeline.load({model!r}); print(time.perf_counter() - t)
+pipe = Pipeline.load({model!r})
+mx.eval(pipe.dit.parameters(), pipe.vae.parameters())
+print(time.perf_counter() - t)
 """
 
 
@@ -48,6 +52,8 @@ def main():
                 seconds.append(time.perf_counter() - started)
             row[f"{name}, s"] = round(sorted(seconds)[2], 3)
             row[f"{name}, peak MB"] = round(mx.get_peak_memory() / 1e6, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["process, peak MB"] = round(peak / (1e6 if sys.platform == "darwin" else 1e3))
     print(json.dumps(result, indent=2))
 
 
