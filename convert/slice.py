@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder
-from ..models.elastic import _in_bank, bank_index, slice_flat
+from ..models.elastic import bank_index, in_bank, slice_flat
 from ..weights import load_config, load_dit, write_json
 from .formats import open_weights
 from .hub import COMPONENTS
@@ -80,5 +80,5 @@ def _renamed(quantization: dict, index: int) -> dict:
     for key, value in quantization.items():
         bank = bank_index(f"{key}.weight")
         if bank in (None, index):
-            out[key if bank is None else _in_bank(key, 0)] = value
+            out[key if bank is None else in_bank(key, 0)] = value
     return out

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 
 from .config import DiTConfig
 from .errors import SnapGenError
-from .models.elastic import _groups, _in_bank, _leading, bank_index, random_supernet
+from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
 from .safetensors_io import read_header
 
 PARTS = {
@@ -122,11 +122,14 @@ def _cut(updates: dict[str, Update], config: DiTConfig, index: int) -> dict[str,
     for path, (a, b) in updates.items():
         bank = bank_index(f"{path}.weight")
         if bank is None:
-            rows, columns = _groups(f"{path}.weight")
-            a, b = _leading(a, (0, columns), width, path), _leading(b, (rows,), width, path)
+            rows, columns = axis_groups(f"{path}.weight")
+            a, b = (
+                leading_slice(a, (0, columns), width, path),
+                leading_slice(b, (rows,), width, path),
+            )
             out[path] = Update(a, b)
         elif bank == index:
-            out[_in_bank(path, 0)] = Update(a, b)
+            out[in_bank(path, 0)] = Update(a, b)
     return out
 
 

@@ -53,19 +53,19 @@ def bank_index(path: str) -> int | None:
     return None
 
 
-def _in_bank(path: str, index: int) -> str:
+def in_bank(path: str, index: int) -> str:
     parts = path.split(".")
     at = next(i for i, part in enumerate(parts) if part in BANKS)
     return ".".join([*parts[: at + 1], str(index), *parts[at + 2 :]])
 
 
-def _groups(path: str) -> tuple[int, ...]:
+def axis_groups(path: str) -> tuple[int, ...]:
     layer, name = _layer(path)
     groups = _GROUPS.get(layer, (0, 0))
     return groups[:1] if name == "bias" else groups
 
 
-def _leading(a: mx.array, groups: tuple[int, ...], width: float, path: str) -> mx.array:
+def leading_slice(a: mx.array, groups: tuple[int, ...], width: float, path: str) -> mx.array:
     for axis, g in enumerate(groups):
         if not g or width == 1:
             continue
@@ -86,9 +86,9 @@ def slice_flat(params: dict, config: DiTConfig, index: int) -> dict:
     for path, a in params.items():
         bank = bank_index(path)
         if bank is None:
-            out[path] = _leading(a, _groups(path), config.widths[index], path)
+            out[path] = leading_slice(a, axis_groups(path), config.widths[index], path)
         elif bank == index:
-            out[_in_bank(path, 0)] = a
+            out[in_bank(path, 0)] = a
     return out
 
 
@@ -110,13 +110,13 @@ def scatter_add(full: dict, sub: dict, config: DiTConfig, index: int) -> dict:
     out = dict(full)
     for path, g in sub.items():
         if bank_index(path) is not None:
-            path = _in_bank(path, index)
+            path = in_bank(path, index)
             out[path] = out[path] + g if path in out else g
             continue
         a, shape = out[path], out[path].shape
         # Split each grouped axis into (groups, units) so that one basic index names the slice.
         split_a, split_g, where = [], [], []
-        groups = (_groups(path) + (0,) * a.ndim)[: a.ndim]
+        groups = (axis_groups(path) + (0,) * a.ndim)[: a.ndim]
         for n_a, n_g, k in zip(shape, g.shape, groups, strict=True):
             if k > 1:
                 split_a += [k, n_a // k]
@@ -138,5 +138,5 @@ def random_supernet(config: DiTConfig) -> dict:
     out = {path: a for path, a in params.items() if bank_index(path) is None}
     for i in range(len(config.widths)):
         sub = dict(tree_flatten(DiT(config.variant(i)).parameters()))
-        out |= {_in_bank(p, i): a for p, a in sub.items() if bank_index(p) is not None}
+        out |= {in_bank(p, i): a for p, a in sub.items() if bank_index(p) is not None}
     return out
