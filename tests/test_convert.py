@@ -433,9 +433,10 @@ def test_gemma_layouts(source, converted, tmp_path, layout):
 def slow_convert(source, dest, wait) -> subprocess.Popen:
     """A conversion in another process that stops after ``wait`` progress reports."""
     code = f"""
-import sys, time
+import signal, sys, time
 from snapgen_mlx.convert import write
 from snapgen_mlx.convert.convert import convert
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 write.SHARD_BYTES = 2_000_000
 count = 0
 def progress(done, total):
