@@ -99,6 +99,15 @@ def test_console_script_and_version(wheel, run):
     assert "0.1.0" in out
 
 
+def test_wheel_draws_with_the_embedded_model(run):
+    out = run(
+        "from PIL import Image\nfrom snapgen_mlx.cli.main import main\n"
+        "main(['generate', 'a smiling cat', '--steps', '1', '-o', 'cat.png'], "
+        "standalone_mode=False)\nprint(Image.open('cat.png').size)"
+    )
+    assert "(128, 128)" in out
+
+
 def test_no_module_imports_a_heavy_library(run):
     out = run(
         "import importlib, pkgutil, snapgen_mlx\n"
