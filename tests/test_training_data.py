@@ -110,13 +110,13 @@ def test_everything_bad_is_named_at_once(tmp_path):
     (tmp_path / "folder.png").mkdir()
     Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "float.tiff")
     names = ["missing.png", "short.jpg", "short.png", "page.png", "empty.png", "phone.heic"]
-    names += ["folder.png", "float.tiff"]
+    names += ["folder.png", "float.tiff", "deep/missing.png"]
     rows = [{"file_name": name, "text": "x"} for name in [*names, "good.png"]]
     metadata(tmp_path, *rows)
     with pytest.raises(SnapGenError) as e:
         read_folder(tmp_path)
     message = str(e.value)
-    assert message.startswith(f"{tmp_path}: 8 of 9 pictures cannot be used: missing.png (miss")
+    assert message.startswith(f"{tmp_path}: 9 of 10 pictures cannot be used: missing.png (miss")
     assert "\n" not in message and "leave them out with --skip-bad" in message
     assert "--caption" not in message
     for name in names:
@@ -124,7 +124,7 @@ def test_everything_bad_is_named_at_once(tmp_path):
     for reason in ("page.png (not a picture)", "phone.heic (HEIC is not read; save it as JPEG)"):
         assert reason in message
     examples, bad = scan_folder(tmp_path)
-    assert [e.file.name for e in examples] == ["good.png"] and len(bad) == 8
+    assert [e.file.name for e in examples] == ["good.png"] and len(bad) == 9
 
 
 def test_many_bad_pictures_are_counted(tmp_path):

@@ -34,8 +34,7 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
     An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``, and in
     the former optionally ``captions``, a list of phrasings. Without either, each picture directly
     in the folder has its caption in a ``.txt`` of its name. ``caption`` is given to pictures that
-    have none. Every picture is decoded once. Raises SnapGenError for a folder without pictures
-    or without any caption.
+    have none. Every picture is decoded once. Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
     examples, bad = [], []
@@ -43,7 +42,7 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
         for place, row in _rows(folder):
             try:
                 example = _example(folder, row, caption)
-                place = example.file.name
+                place = row["file_name"]
                 example.digest = _check(example.file)
                 examples.append(example)
             except Exception as e:  # decoders raise almost anything on damaged files
@@ -108,9 +107,7 @@ def _example(folder: Path, row, caption: str | None) -> Example:
     captions = row.get("captions") or [row.get("text") or caption]
     if captions == [None]:
         raise ValueError("no caption")
-    if not isinstance(captions, list) or not all(
-        isinstance(c, str) and c.strip() for c in captions
-    ):
+    if not isinstance(captions, list) or not all(map(_is_text, captions)):
         raise ValueError("its captions are no texts")
     return Example(folder / name, captions)
 
