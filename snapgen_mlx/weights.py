@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from .config import DiTConfig
 from .errors import SnapGenError
 from .files import atomic_write
-from .safetensors_io import TensorInfo, read_header
+from .safetensors_io import TensorInfo, read_header, write_tensors
 
 FORMAT = {"format": "snapgen-mlx", "version": 1}
 SINGLE = "model.safetensors"
@@ -93,7 +93,9 @@ def save_tensors(folder, tensors: dict[str, mx.array], max_shard_bytes: int = 4 
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         with atomic_write(folder / name) as tmp:
-            mx.save_safetensors(str(tmp), shard, metadata={"format": "mlx"})
+            infos = {key: (a.dtype, tuple(a.shape)) for key, a in shard.items()}
+            write_tensors(tmp, infos, shard.items())
+    (folder / INDEX).unlink(missing_ok=True)  # of weights that stood here before
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(a.nbytes for a in tensors.values())
