@@ -23,6 +23,19 @@ import click
     default=1e-4,
     show_default=True,
 )
+@click.option(
+    "--subnets",
+    type=click.Choice(["one", "all"]),
+    default="one",
+    show_default=True,
+    help="Narrower widths trained in a step beside the full one.",
+)
+@click.option(
+    "--adaptive/--no-adaptive",
+    default=True,
+    show_default=True,
+    help="Bring the narrower widths' gradients to the norm of the full one's.",
+)
 @click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def finetune(model, data, output, caption, skip_bad, validation, minutes, batch, seed, **elastic):

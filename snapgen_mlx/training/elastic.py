@@ -34,6 +34,7 @@ class ElasticOptions:
     shift: float = 1.0  # of the training timesteps: 1 for small latents, 3 at 1024² px
     distill: float = 1.0  # weight of Eq. 5
     adaptive: bool = True
+    subnets: str = "one"  # narrower widths per step: one drawn uniformly, or "all" (sandwich rule)
 
 
 def sample_timesteps(key: mx.array, batch: int, shift: float) -> mx.array:

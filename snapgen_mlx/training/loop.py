@@ -92,7 +92,9 @@ def train(
         mine = slice(world.rank(), None, world.size())
         x0, eps, t = x0[mine], eps[mine], t[mine]
         text, masks = ({k: a[mine] for k, a in d.items()} for d in (text, masks))
-        subnets = [int(rng.integers(trainer.full))] if trainer.full else []
+        subnets = list(range(trainer.full))
+        if subnets and o.elastic.subnets == "one":
+            subnets = [int(rng.integers(trainer.full))]
         metrics = trainer.step(x0, eps, t, text, masks, subnets)
         window.append({k: v.item() for k, v in metrics.items()})
         step += 1
