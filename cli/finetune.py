@@ -71,18 +71,19 @@ def finetune(model, data, output, caption, skip_bad, validation, minutes, batch,
         return examples
 
     elastic = ElasticOptions(**elastic)
-    options = RunOptions(elastic, batch=batch, seed=seed, minutes=minutes, log_every=10)
+    options = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     with Stop() as stop:
         try:
             sets = [pictures(folder) for folder in (data, validation) if folder]
             started = None
-            for record in run(resolve_model(model), sets[0], output, options, *sets[1:], stop=stop):
+            model = resolve_model(model)
+            for record in run(model, sets[0], output, options, elastic, *sets[1:], stop=stop):
                 if "encoded" in record:
                     echo(f"encoded {record['encoded']} of {record['pictures']} pictures")
                 elif "step" in record:
                     last = record
                     started = started or time.monotonic()
-                    echo(progress(record, options, time.monotonic() - started))
+                    echo(progress(record, elastic.steps, options, time.monotonic() - started))
                 else:
                     change = [f"{k.split('/')[1]} {100 * v:.3g} %" for k, v in record.items()]
                     echo(f"weights changed: {', '.join(change)}")
@@ -97,9 +98,8 @@ def finetune(model, data, output, caption, skip_bad, validation, minutes, batch,
     echo(f"wrote {output}")
 
 
-def progress(record: dict, options, elapsed: float) -> str:
+def progress(record: dict, steps: int, options, elapsed: float) -> str:
     """One line of a record of the training loop; ``elapsed`` seconds so far."""
-    steps = options.elastic.steps
     parts = [f"step {record['step']}/{steps}"]
     for title in ("loss", "val"):
         losses = [(k.split("/")[1], v) for k, v in record.items() if k.startswith(f"{title}/")]

@@ -27,7 +27,7 @@ from snapgen_mlx.training.loop import saved_weights, train
 from snapgen_mlx.weights import load_config, load_tensors, save_tensors
 
 from .tiny import write_tiny_model
-from .toy import toy_config, toy_data, toy_options, toy_params, toy_run
+from .toy import toy_config, toy_data, toy_options, toy_run, toy_trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
@@ -139,10 +139,8 @@ def test_stopped_after_any_step(tmp_path, reference):
         return asked % 5 == 0
 
     def session():
-        config, options, held_out = toy_config(), toy_options(STEPS), toy_data(6, seed=1)
-        return list(
-            train(config, toy_params(config), toy_data(), tmp_path, options, held_out, stop)
-        )
+        trainer, held_out = toy_trainer(steps=STEPS), toy_data(6, seed=1)
+        return list(train(trainer, toy_data(), tmp_path, toy_options(), held_out, stop))
 
     for last in (5, 10, 15, 20):
         records = session()
@@ -172,9 +170,9 @@ def test_states_are_saved_by_time_and_two_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": {"learning_rate": 1e-4}}, r"learning_rate 0\.003, not 0\.0001; go on with"),
+        ({"trainer": {"learning_rate": 1e-4}}, r"learning_rate 0\.003, not 0\.0001; go on with"),
         ({"options": {"batch": 8, "seed": 1}}, "batch 4, not 8, seed 0, not 1; go on"),
-        ({"options": {"steps": 22}}, "steps 21, not 22; go on"),
+        ({"trainer": {"steps": 22}}, "steps 21, not 22; go on"),
         ({"data": toy_data(17)}, "other pictures, captions or latents; go on"),
         ({"model": {"layers": [2, 0, 0]}}, "a model of other sizes; go on"),
     ],
@@ -182,18 +180,19 @@ def test_states_are_saved_by_time_and_two_are_kept(tmp_path):
 def test_resuming_with_something_else(reference, change, message):
     before = {p: p.read_bytes() for p in reference.iterdir()}
     config = toy_config(**change.get("model", {}))
-    options = toy_options(**{"steps": STEPS, **change.get("options", {})})
+    trainer = toy_trainer(config, **{"steps": STEPS, **change.get("trainer", {})})
+    options = toy_options(**change.get("options", {}))
     with pytest.raises(SnapGenError, match=message) as e:
-        next(train(config, toy_params(config), change.get("data", toy_data()), reference, options))
+        next(train(trainer, change.get("data", toy_data()), reference, options))
     assert f"the run in {reference} was started with" in str(e.value)
     assert {p: p.read_bytes() for p in reference.iterdir()} == before
 
 
 def test_other_captions(reference):
-    config, data = toy_config(), toy_data()
+    data = toy_data()
     data.captions[0] = ["a dog"]
     with pytest.raises(SnapGenError, match="other pictures, captions or latents"):
-        next(train(config, toy_params(config), data, reference, toy_options(STEPS)))
+        next(train(toy_trainer(steps=STEPS), data, reference, toy_options()))
 
 
 def test_what_does_not_change_the_losses_may_differ(reference):

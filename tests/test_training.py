@@ -33,18 +33,23 @@ def uncompiled():
 
 
 def batch(seed: int, size: int = 4):
-    """x0, eps, t, text, masks; the last sample has no text."""
+    """x0, text, masks and noise; the last sample has no text."""
     rng = np.random.default_rng(seed)
     x0, text, masks = toy_data().batch(rng, size)
     eps = mx.array(rng.standard_normal(x0.shape, dtype=np.float32))
     t = mx.array(rng.random(size, dtype=np.float32))
     masks["toy"] = masks["toy"] & (mx.arange(size) < size - 1)[:, None]
-    return x0, eps, t, text, masks
+    return x0, text, masks, {"eps": eps, "t": t}
 
 
 def make_trainer(config=None, **options) -> ElasticTrainer:
     config = config or toy_config()
     return ElasticTrainer(config, toy_params(config), ElasticOptions(warmup=2, **options))
+
+
+def noisy(x0, text, masks, noise):
+    """x_t, target, and the rest of a width's input, of a ``batch``."""
+    return *add_noise(x0, noise["eps"], noise["t"]), (noise["t"], text, masks)
 
 
 class Recorder(optim.Optimizer):
@@ -58,9 +63,9 @@ class Recorder(optim.Optimizer):
 def gradients(batch, subnets, config=None, **options):
     """Unclipped gradients of one step and its metrics."""
     trainer = make_trainer(config, clip=1e9, **options)
-    trainer.optimizer = Recorder()
+    trainer.weights.optimizer = Recorder()
     metrics = trainer.step(*batch, subnets)
-    return trainer.optimizer.gradients, {k: v.item() for k, v in metrics.items()}
+    return trainer.weights.optimizer.gradients, {k: v.item() for k, v in metrics.items()}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -85,7 +90,8 @@ def test_timesteps_follow_the_formula():
 
 
 def test_noise_and_velocity_identities():
-    x0, eps, *_ = batch(0)
+    x0, _, _, noise = batch(0)
+    eps = noise["eps"]
     t = mx.array([0.0, 0.25, 0.7, 1.0])
     x_t, v = add_noise(x0, eps, t)
     assert mx.array_equal(x_t[0], x0[0]) and mx.array_equal(x_t[3], eps[3])
@@ -109,7 +115,8 @@ def test_one_width_is_plain_adam():
     trainer = ElasticTrainer(config, params, options)
     dit = DiT(config)
 
-    def loss(params, x0, eps, t, text, masks):
+    def loss(params, x0, text, masks, noise):
+        eps, t = noise["eps"], noise["t"]
         dit.update(params)
         x_t = (1 - t[:, None, None, None]) * x0 + t[:, None, None, None] * eps
         return mx.square(dit(x_t, t, text, masks) - (eps - x0)).mean()
@@ -144,8 +151,8 @@ def test_one_width_is_plain_adam():
     for k in p:
         # A bias on keys has no gradient but rounding, whose sign alone Adam sees.
         noise = 1e-2 if np.abs(m[k]).max() < 1e-6 else 1e-5
-        np.testing.assert_allclose(trainer.params[k], p[k], rtol=0, atol=noise, err_msg=k)
-        np.testing.assert_allclose(trainer.ema[k], ema[k], rtol=0, atol=noise, err_msg=k)
+        np.testing.assert_allclose(trainer.weights.params[k], p[k], rtol=0, atol=noise, err_msg=k)
+        np.testing.assert_allclose(trainer.weights.mean[k], ema[k], rtol=0, atol=noise, err_msg=k)
 
 
 def test_validation_loss_weighs_batches_by_size():
@@ -153,12 +160,12 @@ def test_validation_loss_weighs_batches_by_size():
     dit = DiT(config)
     dit.load_weights(list(toy_params(config).items()), strict=True)
     data = batch(1, 6)
-    x_t, target = add_noise(*data[:3])
-    expected = (dit(x_t, *data[2:]) - target).square().mean().item()
-    rows = [slice(0, 4), slice(4, 6)]
+    x_t, target, rest = noisy(*data)
+    expected = (dit(x_t, *rest) - target).square().mean().item()
+    x0, text, masks, noise = data
     parts = [
-        [*(a[r] for a in data[:3]), {"toy": data[3]["toy"][r]}, {"toy": data[4]["toy"][r]}]
-        for r in rows
+        (x0[r], noise["eps"][r], noise["t"][r], {"toy": text["toy"][r]}, {"toy": masks["toy"][r]})
+        for r in (slice(0, 4), slice(4, 6))
     ]
     assert validation_loss(dit, parts) == pytest.approx(expected, rel=1e-5)
 
@@ -172,12 +179,12 @@ def test_merged_gradients_are_autograds(subnets):
     config = toy_config(layers=[1, 2, 1], downsample=True)
     data = batch(2)
     merged, metrics = gradients(data, subnets, config, distill=0.7)
-    x_t, target = add_noise(*data[:3])
+    x_t, target, rest = noisy(*data)
     models = [DiT(config.variant(i)) for i in range(3)]
 
     def velocity(params, i):
         models[i].update(tree_unflatten(list(slice_flat(params, config, i).items())))
-        return models[i](x_t, *data[2:])
+        return models[i](x_t, *rest)
 
     def loss(params):
         v_full = velocity(params, FULL)
@@ -207,14 +214,14 @@ def width_gradients(data, i, distill):
     """Gradients of one width alone, over what widths share, in that width's shapes."""
     config = toy_config()
     params = toy_params(config)
-    x_t, target = add_noise(*data[:3])
+    x_t, target, rest = noisy(*data)
     full, model = DiT(config.variant(FULL)), DiT(config.variant(i))
     full.load_weights(list(slice_flat(params, config, FULL).items()), strict=True)
-    v_full = full(x_t, *data[2:])
+    v_full = full(x_t, *rest)
 
     def loss(sub):
         model.update(tree_unflatten(list(sub.items())))
-        v = model(x_t, *data[2:])
+        v = model(x_t, *rest)
         return (v - target).square().mean() + distill * (v - v_full).square().mean()
 
     grads = mx.grad(loss)(slice_flat(params, config, i))
@@ -303,14 +310,14 @@ def test_a_toy_problem_is_learned_at_every_width():
             trainer.models[i].update(tree_unflatten(list(slice_flat(params, config, i).items())))
             yield validation_loss(trainer.models[i], fixed)
 
-    before = list(losses(trainer.params))
+    before = list(losses(trainer.weights.params))
     for step in range(120):
         rng = np.random.default_rng(step)
         x0, text, masks = data.batch(rng, 8)
         noise = mx.array(rng.standard_normal(x0.shape, dtype=np.float32))
         t = sample_timesteps(mx.random.key(step), 8, 1.0)
-        trainer.step(x0, noise, t, text, masks, [step % 2])
-    after, averaged = list(losses(trainer.params)), list(losses(trainer.ema))
+        trainer.step(x0, text, masks, {"eps": noise, "t": t}, [step % 2])
+    after, averaged = list(losses(trainer.weights.params)), list(losses(trainer.weights.mean))
     for i in range(3):
         assert max(after[i], averaged[i]) < 0.8 * before[i], (before, after, averaged)
 

@@ -12,7 +12,7 @@ import numpy as np
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.training.data import LatentDataset
-from snapgen_mlx.training.elastic import ElasticOptions
+from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
 from snapgen_mlx.training.loop import RunOptions, train
 
 PROMPTS = ["a cat", "a dog"]
@@ -51,17 +51,21 @@ def toy_data(n: int = 16, seed: int = 0) -> LatentDataset:
     return LatentDataset(latents.astype(np.float32), [[PROMPTS[i]] for i in rows], [ToyText()])
 
 
-def toy_options(steps: int = 30, learning_rate: float = 3e-3, **options) -> RunOptions:
-    elastic = ElasticOptions(learning_rate=learning_rate, warmup=3, steps=steps, ema=0.95)
-    defaults = dict(batch=4, log_every=2, validate_every=8, save_minutes=1e9)
-    return RunOptions(elastic, **{**defaults, **options})
+def toy_trainer(config=None, steps: int = 30, learning_rate: float = 3e-3, **options):
+    config = config or toy_config()
+    options = dict(warmup=3, ema=0.95) | options
+    elastic = ElasticOptions(learning_rate, steps=steps, **options)
+    return ElasticTrainer(config, toy_params(config), elastic)
 
 
-def toy_run(run, steps: int, **options):
+def toy_options(**options) -> RunOptions:
+    return RunOptions(**dict(batch=4, log_every=2, validate_every=8, save_minutes=1e9) | options)
+
+
+def toy_run(run, steps: int, learning_rate: float = 3e-3, **options):
     """Records of a run on toy data, with validation."""
-    config = toy_config()
-    options = toy_options(steps, **options)
-    return train(config, toy_params(config), toy_data(), run, options, toy_data(6, seed=1))
+    trainer = toy_trainer(steps=steps, learning_rate=learning_rate)
+    return train(trainer, toy_data(), run, toy_options(**options), toy_data(6, seed=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """One optimizer step over the widths of an elastic model [paper 3.2] (training section 2).
 
-Every step trains the full width and one narrower variant on the same noisy latents: flow matching
-(Eq. 4) on both, and the variant also follows the full width's velocity (Eq. 5). The variant's
+Every step trains the full width and narrower variants on the same noisy latents: flow matching
+(Eq. 4) on all, and the variants also follow the full width's velocity (Eq. 5). A variant's
 gradients are added into the leading slices of the full ones after "adaptive scaling", which the
 paper leaves undefined; ours brings both to the same norm over the shared slice.
+
+What is trained is a flat dictionary of arrays with the supernet's paths: all weights, or LoRA
+matrices, or a few of the weights; the rest stands frozen in the widths' models.
 """
 
 from dataclasses import dataclass
@@ -15,22 +18,29 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import DiTConfig
-from ..models.dit import DiT
+from ..models.dit import Block, DiT, TimeCondition
 from ..models.elastic import bank_index, scatter_add, slice_flat
+from ..weights import compute_dtype
 
 RATIO_EMA = 0.99
 RATIO_RANGE = (0.2, 5.0)
 
 
 @dataclass
-class ElasticOptions:
+class AdamOptions:
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 100
     steps: int = 1000
     final_rate: float = 0.05  # of the learning rate, at the end of the cosine
     clip: float = 1.0
-    ema: float = 0.999
+    ema: float = 0.999  # 0: no average is kept
+    accumulate: int = 1  # micro-batches that a step's batch is split into
+    checkpoint: bool = False  # blocks are computed again for their gradients: less memory
+
+
+@dataclass
+class ElasticOptions(AdamOptions):
     shift: float = 1.0  # of the training timesteps: 1 for small latents, 3 at 1024² px
     distill: float = 1.0  # weight of Eq. 5
     adaptive: bool = True
@@ -54,61 +64,170 @@ def norm(grads: dict) -> mx.array:
     return mx.sqrt(sum(g.square().sum() for g in grads.values()))
 
 
+def add(a: dict, b: dict) -> dict:
+    return {k: x + b[k] for k, x in a.items()}
+
+
 def shared(params: dict) -> dict:
     """The parameters that widths share (all but the banks)."""
     return {k: a for k, a in params.items() if bank_index(k) is None}
 
 
-def average(grads: dict, loss: mx.array) -> tuple[dict, mx.array]:
-    """Mean of flat gradients and a loss over the processes of ``mlx.launch``."""
-    *arrays, loss = nn.average_gradients([*grads.values(), loss])
-    return dict(zip(grads, arrays, strict=True)), loss
+class Averaged:
+    """Flat float32 arrays with their Adam state and running mean."""
 
-
-class ElasticTrainer:
-    """Supernet parameters, Adam state and EMA; ``step`` makes one update.
-
-    ``params`` is the supernet's flat {path: float32 array}. State is held in flat dictionaries;
-    isolated parameters of a width that a step does not train are left alone entirely: no
-    gradient, no moment update, no decay.
-    """
-
-    def __init__(self, config: DiTConfig, params: dict, options: ElasticOptions):
-        self.config, self.options = config, options
+    def __init__(self, params: dict[str, mx.array], options: AdamOptions):
+        o = self.options = options
         self.params = {k: a.astype(mx.float32) for k, a in params.items()}
-        self.ema = dict(self.params)
-        self.full = len(config.widths) - 1
-        self.models = [
-            DiT(config.variant(i) if len(config.widths) > 1 else config)
-            for i in range(len(config.widths))
-        ]
-        # |g_full| / |g_s| over the shared slice, a running mean per narrower width.
-        self.ratios = {str(i): mx.array(0.0) for i in range(self.full)}
-        o = options
+        self._mean = dict(self.params) if o.ema else {}
         rates = [optim.linear_schedule(0.0, o.learning_rate, max(o.warmup, 1))]
         decay = max(o.steps - o.warmup, 1)
         rates.append(optim.cosine_decay(o.learning_rate, decay, o.learning_rate * o.final_rate))
         self.optimizer = optim.Adam(optim.join_schedules(rates, [o.warmup]), betas=list(o.betas))
         self.optimizer.init(self.params)
-        self._grads = [mx.compile(partial(self._loss_and_grads, i)) for i in range(self.full + 1)]
-        self._merges = [mx.compile(partial(self._merge, i)) for i in range(self.full)]
         self._average = mx.compile(self._average_fn)
 
-    def _loss_and_grads(self, index, params, batch, target, v_full):
-        """Loss, velocity and gradients of one width; the gradients have the variant's shapes."""
-        model = self.models[index]
+    @property
+    def mean(self) -> dict[str, mx.array]:
+        """The running mean of the parameters, or themselves where none is kept."""
+        return self._mean or self.params
 
-        def loss(p):
-            model.update(tree_unflatten(list(p.items())))
-            v = model(*batch).astype(mx.float32)
-            flow = (v - target).square().mean()
-            if v_full is None:
-                return flow, flow, v
-            return flow + self.options.distill * (v - v_full).square().mean(), flow, v
+    def _average_fn(self, mean, params, step):
+        # Young averages forget faster, or the random start would weigh on them for long.
+        d = mx.minimum(self.options.ema, (1 + step) / (10 + step))
+        return {k: a + (1 - d) * (params[k] - a) for k, a in mean.items()}
 
-        sub = slice_flat(params, self.config, index)
-        (_, flow, v), grads = mx.value_and_grad(loss)(sub)
-        return flow, v, grads
+    def update(self, grads: dict[str, mx.array]) -> mx.array:
+        """One step of Adam on the parameters that ``grads`` names; the gradients' norm. Lazy."""
+        grads, size = optim.clip_grad_norm(grads, self.options.clip)
+        self.params = self.params | self.optimizer.apply_gradients(grads, self.params)
+        self._mean = self._average(self._mean, self.params, self.optimizer.step)
+        return size
+
+    def state(self) -> dict[str, mx.array]:
+        """Everything that changes, flat: params/PATH, ema/PATH, opt/PATH.m and so on."""
+        groups = {"params": self.params, "ema": self._mean}
+        groups["opt"] = dict(tree_flatten(self.optimizer.state))
+        return {f"{group}/{k}": a for group, arrays in groups.items() for k, a in arrays.items()}
+
+    def restore(self, arrays: dict[str, mx.array]) -> None:
+        groups = {"params": {}, "ema": {}, "opt": {}}
+        for key, a in arrays.items():
+            group, _, path = key.partition("/")
+            groups[group][path] = a
+        self.params, self._mean = groups["params"], groups["ema"]
+        # Moments are keyed by the parameter's dotted path, then "m" or "v".
+        state = {}
+        for path, a in groups["opt"].items():
+            head, dot, leaf = path.rpartition(".")
+            state.setdefault(head, {}).update({leaf: a}) if dot else state.update({path: a})
+        self.optimizer.state = state
+
+
+class CheckpointedBlock(Block):
+    """A block that keeps only its input for the backward pass, and is computed again there."""
+
+    def __call__(self, x, time: TimeCondition, keys_values, mask, rope, grid):
+        def call(parameters, x, modulation, keys_values):
+            self.update(parameters)
+            time = TimeCondition(modulation, None)
+            return Block.__call__(self, x, time, keys_values, mask, rope, grid)
+
+        run = mx.checkpoint(call)
+        return run(self.trainable_parameters(), x, time.modulation, keys_values)
+
+
+def backward_order(path: str) -> tuple:
+    """Sorts parameters as a backward pass comes to them: the last block first."""
+    part, _, rest = path.partition(".")
+    stages = ("final", "up", "upsample", "mid", "downsample", "down")
+    stage = stages.index(part) if part in stages else len(stages)
+    number = rest.partition(".")[0]
+    return stage, -int(number) if number.isdigit() else 0
+
+
+class ElasticTrainer:
+    """Trains ``params`` at every width; ``step`` makes one update.
+
+    Args: config, of the supernet (or of a single width); params, the flat {path: array} to be
+        trained; models, one ``DiT`` per width that holds everything else (when None, ``params``
+        are all there is).
+    Isolated parameters of a width that a step does not train are left alone entirely: no
+    gradient, no moment update, no decay.
+    """
+
+    def __init__(self, config: DiTConfig, params: dict, options: ElasticOptions, models=None):
+        self.config, self.options = config, options
+        self.weights = Averaged(params, options)
+        self.full = len(config.widths) - 1
+        self.models = models or empty_models(config)
+        if options.checkpoint:
+            for model in self.models:
+                for block in (*model.down, *model.mid, *model.up):
+                    block.__class__ = CheckpointedBlock
+        # |g_full| / |g_s| over the shared slice, a running mean per narrower width.
+        self.ratios = {str(i): mx.array(0.0) for i in range(self.full)}
+        # A compiled graph runs in its own order, which forgoes what checkpointing saves.
+        compiled = (lambda f: f) if options.checkpoint else mx.compile
+        self._grads = [compiled(partial(self._loss_and_grads, i)) for i in range(self.full + 1)]
+        self._merges = [mx.compile(partial(self._merge, i)) for i in range(self.full)]
+
+    def bind(self, index: int, params: dict[str, mx.array]) -> DiT:
+        """The model of one width with these supernet parameters."""
+        return self._bind(index, slice_flat(params, self.config, index))
+
+    def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
+        dtype = compute_dtype()  # of the copies computed with; those trained stay float32
+        own = [(k, a.astype(dtype)) for k, a in own.items()]
+        self.models[index].update(tree_unflatten(own))
+        return self.models[index]
+
+    def objective(self, index, own, batch, target, guide):
+        """What a width minimises, the losses to be reported, and its velocity.
+
+        Args: own, its parameters by its model's paths; batch (x_t, t, text, masks); target, the
+            velocity (B, H, W, C); guide, {name: (B, ...)} of ``guides`` and, for a narrower
+            width, "v_full", the full one's velocity.
+        """
+        v = self._bind(index, own)(*batch).astype(mx.float32)
+        loss = flow = (v - target).square().mean()
+        if "v_full" in guide:
+            loss = loss + self.options.distill * (v - guide["v_full"]).square().mean()
+        return loss, {"loss": flow}, v
+
+    def guides(self, x_t, t, text, masks) -> dict[str, mx.array]:
+        """What else the objectives of a micro-batch need, such as a teacher's outputs."""
+        return {}
+
+    def _loss_and_grads(self, index, params, batch, target, guide):
+        """Losses, velocity and gradients of one width; the gradients have the variant's shapes."""
+
+        def loss(own):
+            return self.objective(index, own, batch, target, guide)
+
+        own = slice_flat(params, self.config, index)
+        (_, losses, v), grads = mx.value_and_grad(loss)(own)
+        return losses, v, grads
+
+    def _pass(self, index: int, parts: list, guides: list) -> tuple[dict, dict, list]:
+        """A width's mean losses and gradients over micro-batches and processes; velocities."""
+        total, velocities = None, []
+        for (batch, target), guide in zip(parts, guides, strict=True):
+            losses, v, grads = self._grads[index](self.weights.params, batch, target, guide)
+            velocities.append(v)
+            now = losses, grads
+            total = tuple(map(add, total, now)) if total else now
+            # The graph of one micro-batch and width is freed before the next is built.
+            mx.eval(losses, v)
+            if self.options.checkpoint:
+                for path in sorted(grads, key=backward_order):
+                    mx.eval(total[1][path])
+            mx.eval(total)
+        if len(parts) > 1:
+            total = ({k: a / len(parts) for k, a in d.items()} for d in total)
+        losses, grads = total
+        arrays = iter(nn.average_gradients([*losses.values(), *grads.values()]))
+        return {k: next(arrays) for k in losses}, {k: next(arrays) for k in grads}, velocities
 
     def _merge(self, index, grads, sub, ratio):
         """Adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|), clipped."""
@@ -122,39 +241,43 @@ class ElasticTrainer:
         sub = {k: weight * g for k, g in sub.items()}
         return scatter_add(grads, sub, self.config, index), ratio, weight, cosine
 
-    def _average_fn(self, ema, params, step):
-        # Young averages forget faster, or the random start would weigh on them for long.
-        d = mx.minimum(self.options.ema, (1 + step) / (10 + step))
-        return {k: d * ema[k] + (1 - d) * params[k] for k in ema}
+    def draw(self, rng, key: mx.array, shape: tuple) -> tuple[dict[str, mx.array], list[int]]:
+        """A step's noise for a batch of latents of ``shape``, and the narrower widths it trains."""
+        k_noise, k_time = mx.random.split(key)
+        t = sample_timesteps(k_time, shape[0], self.options.shift)
+        subnets = list(range(self.full))
+        if subnets and self.options.subnets == "one":
+            subnets = [int(rng.integers(self.full))]
+        return {"eps": mx.random.normal(shape, key=k_noise), "t": t}, subnets
 
-    def step(self, x0, eps, t, text, masks, subnets: list[int]) -> dict[str, mx.array]:
-        """One update on latents x0 (B, H, W, C), noise eps alike, t (B,), encoder states.
+    def step(self, x0, text, masks, noise: dict, subnets: list[int]) -> dict[str, mx.array]:
+        """One update on latents x0 (B, H, W, C), encoder states, ``noise`` of ``draw``.
 
         Under ``mlx.launch`` each process gives its share of the batch; gradients are averaged.
         ``subnets``: indices of the narrower widths trained beside the full one. Returns scalars
         by name: the flow loss of each width trained, w and cosine per subnet, gradient norm.
         """
-        x_t, target = add_noise(x0, eps, t)
-        batch = (x_t, t, text, masks)
+        x_t, target = add_noise(x0, noise["eps"], noise["t"])
+        n = len(x0) // self.options.accumulate
+        parts = []
+        for i in range(0, len(x0), n):
+            cut = [{k: a[i : i + n] for k, a in d.items()} for d in (text, masks)]
+            parts.append(((x_t[i : i + n], noise["t"][i : i + n], *cut), target[i : i + n]))
+        guides = [self.guides(*batch) for batch, _ in parts]
         names = self.config.variants
-        loss, v_full, grads = self._grads[self.full](self.params, batch, target, None)
-        # The full width's graph is freed before the narrower one is built.
-        mx.eval(loss, v_full, grads)
-        grads, loss = average(grads, loss)
-        metrics = {f"loss/{names[self.full]}": loss}
+        losses, grads, v_full = self._pass(self.full, parts, guides)
+        metrics = {f"{k}/{names[self.full]}": a for k, a in losses.items()}
         grads = self._into_bank(grads)
+        guides = [g | {"v_full": v} for g, v in zip(guides, v_full, strict=True)]
         for i in subnets:
-            loss, _, sub = self._grads[i](self.params, batch, target, v_full)
-            sub, loss = average(sub, loss)
+            losses, sub, _ = self._pass(i, parts, guides)
             grads, self.ratios[str(i)], weight, cosine = self._merges[i](
                 grads, sub, self.ratios[str(i)]
             )
-            metrics |= {f"loss/{names[i]}": loss, f"w/{names[i]}": weight}
-            metrics[f"cos/{names[i]}"] = cosine
-        grads, metrics["grad"] = optim.clip_grad_norm(grads, self.options.clip)
-        self.params = self.params | self.optimizer.apply_gradients(grads, self.params)
-        self.ema = self._average(self.ema, self.params, self.optimizer.step)
-        mx.eval(self.params, self.ema, self.optimizer.state, self.ratios, metrics)
+            metrics |= {f"{k}/{names[i]}": a for k, a in losses.items()}
+            metrics |= {f"w/{names[i]}": weight, f"cos/{names[i]}": cosine}
+        metrics["grad"] = self.weights.update(grads)
+        mx.eval(self.state(), metrics)
         return metrics
 
     def _into_bank(self, grads: dict) -> dict:
@@ -162,24 +285,31 @@ class ElasticTrainer:
         banks = {k: g for k, g in grads.items() if bank_index(k) is not None}
         return scatter_add(shared(grads), banks, self.config, self.full)
 
+    def validate(self, fixed: list) -> dict[str, float]:
+        """The loss of every width with averaged weights on ``fixed`` batches, by name."""
+        return {
+            f"val/{name}": validation_loss(self.bind(i, self.weights.mean), fixed)
+            for i, name in enumerate(self.config.variants)
+        }
+
+    def identity(self) -> dict:
+        """What a saved state belongs to, beside options and data."""
+        return {"model": self.config.to_dict()}
+
     def state(self) -> dict[str, mx.array]:
         """Everything that changes, flat, for ``save_state``."""
-        groups = {"params": self.params, "ema": self.ema, "ratio": self.ratios}
-        groups["opt"] = dict(tree_flatten(self.optimizer.state))
-        return {f"{group}/{k}": a for group, arrays in groups.items() for k, a in arrays.items()}
+        return self.weights.state() | {f"ratio/{k}": a for k, a in self.ratios.items()}
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
-        groups = {"params": {}, "ema": {}, "ratio": {}, "opt": {}}
-        for key, a in arrays.items():
-            group, _, path = key.partition("/")
-            groups[group][path] = a
-        self.params, self.ema, self.ratios = groups["params"], groups["ema"], groups["ratio"]
-        # Moments are keyed by the parameter's dotted path, then "m" or "v".
-        state = {}
-        for path, a in groups["opt"].items():
-            head, dot, leaf = path.rpartition(".")
-            state.setdefault(head, {}).update({leaf: a}) if dot else state.update({path: a})
-        self.optimizer.state = state
+        self.ratios = {k: arrays[f"ratio/{k}"] for k in self.ratios}
+        self.weights.restore({k: a for k, a in arrays.items() if not k.startswith("ratio/")})
+
+
+def empty_models(config: DiTConfig) -> list[DiT]:
+    """A ``DiT`` per width, to be given weights."""
+    if len(config.widths) == 1:
+        return [DiT(config)]
+    return [DiT(config.variant(i)) for i in range(len(config.widths))]
 
 
 def validation_loss(model: DiT, batches) -> float:

@@ -16,7 +16,7 @@ from ..pipeline import load_text_encoders, load_vae
 from ..weights import assign, dequantize, load_config, load_supernet, save_tensors, write_json
 from .checkpoint import file_sha256
 from .data import Example, LatentDataset, cached_latents
-from .elastic import norm
+from .elastic import ElasticOptions, ElasticTrainer, norm
 from .loop import RunOptions, saved_weights, train
 
 
@@ -25,6 +25,7 @@ def finetune(
     examples: list[Example],
     output,
     options: RunOptions,
+    elastic: ElasticOptions,
     validation: list[Example] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
@@ -60,7 +61,8 @@ def finetune(
             sets.append(LatentDataset(latents, [e.captions for e in part], encoders))
     del vae  # frees it before the training
 
-    for record in train(config, params, sets[0], output / "run", options, *sets[1:], stop=stop):
+    trainer = ElasticTrainer(config, params, elastic)
+    for record in train(trainer, sets[0], output / "run", options, *sets[1:], stop=stop):
         yield record
     if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
         return

@@ -5,27 +5,22 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
 
-from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
-from ..models.elastic import slice_flat
 from .checkpoint import load_state, save_state
 from .data import LatentDataset
-from .elastic import ElasticOptions, ElasticTrainer, sample_timesteps, validation_loss
 
 LOG = "log.jsonl"
 
 
 @dataclass
 class RunOptions:
-    elastic: ElasticOptions = field(default_factory=ElasticOptions)
     batch: int = 32
     text_dropout: float = 0.1
     seed: int = 0
@@ -36,16 +31,15 @@ class RunOptions:
 
 
 def train(
-    config: DiTConfig,
-    params: dict,
+    trainer,
     data: LatentDataset,
     run,
     options: RunOptions,
     validation: LatentDataset | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Train all widths from the flat supernet ``params``; yields a record every ``log_every``
-    steps.
+    """Make the steps of ``trainer`` (an ``ElasticTrainer`` or one with its methods); yields a
+    record every ``log_every`` steps.
 
     Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
     step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when
@@ -55,16 +49,18 @@ def train(
     state in ``run`` is of other data or options, when it cannot be written, or when the loss is
     no number any more.
     """
-    o = options
+    o, steps = options, trainer.options.steps
     run = Path(run)
     world = mx.distributed.init()
-    if o.batch % world.size():
-        raise UsageError(f"the batch of {o.batch} does not divide among {world.size()} processes")
-    trainer = ElasticTrainer(config, params, o.elastic)
-    settings = asdict(o)
+    if o.batch % (world.size() * trainer.options.accumulate):
+        raise UsageError(
+            f"the batch of {o.batch} does not divide into {trainer.options.accumulate} parts on "
+            f"each of {world.size()} processes"
+        )
+    settings = asdict(o) | asdict(trainer.options)
     for name in ("minutes", "save_minutes", "log_every", "validate_every"):
         settings.pop(name)
-    identity = {"options": settings, "data": data.fingerprint, "model": config.to_dict()}
+    identity = {"options": settings, "data": data.fingerprint, **trainer.identity()}
     step, window = 0, []  # window: metrics since the last record
     if state := load_state(run):
         arrays, info = state
@@ -75,27 +71,21 @@ def train(
     _check_processes(world, step, identity)
     if world.rank() == 0:
         _trim_log(run / LOG, step)
-    if step == o.elastic.steps:
+    if step == steps:
         yield {"step": step, "done": True, "stopped": False}
 
-    fixed = list(_fixed_batches(validation, o)) if validation else []
+    fixed = list(fixed_batches(validation, o.batch)) if validation else []
     mx.reset_peak_memory()
     started = saved = since = time.monotonic()
     mark = step
-    while step < o.elastic.steps:
+    while step < steps:
         rng = np.random.default_rng([o.seed, step])
         x0, text, masks = data.batch(rng, o.batch, o.text_dropout)
-        k_noise, k_time = mx.random.split(mx.random.key((o.seed << 32) + step))
-        eps = mx.random.normal(x0.shape, key=k_noise)
-        t = sample_timesteps(k_time, o.batch, o.elastic.shift)
+        noise, choice = trainer.draw(rng, mx.random.key((o.seed << 32) + step), x0.shape)
         # Every process draws the whole batch and keeps its share, so that n processes repeat one.
         mine = slice(world.rank(), None, world.size())
-        x0, eps, t = x0[mine], eps[mine], t[mine]
-        text, masks = ({k: a[mine] for k, a in d.items()} for d in (text, masks))
-        subnets = list(range(trainer.full))
-        if subnets and o.elastic.subnets == "one":
-            subnets = [int(rng.integers(trainer.full))]
-        metrics = trainer.step(x0, eps, t, text, masks, subnets)
+        noise, text, masks = ({k: a[mine] for k, a in d.items()} for d in (noise, text, masks))
+        metrics = trainer.step(x0[mine], text, masks, noise, choice)
         window.append({k: v.item() for k, v in metrics.items()})
         step += 1
         if not all(map(math.isfinite, window[-1].values())):
@@ -107,7 +97,7 @@ def train(
         over = o.minutes is not None and now - started > o.minutes * 60
         # Processes stop together, as soon as one is told to or finds the time over.
         stopped, over = mx.distributed.all_sum(mx.array([stop(), over], mx.int32)).tolist()
-        done = step == o.elastic.steps
+        done = step == steps
         last = bool(done or stopped or over)
         due = done or step % o.log_every == 0
         if due or last:
@@ -118,10 +108,7 @@ def train(
             record["peak GB"] = mx.get_peak_memory() / 1e9
             validate = step % o.validate_every == 0 or (last and not stopped)
             if fixed and validate:
-                for i, name in enumerate(config.variants):
-                    model = trainer.models[i]
-                    model.update(tree_unflatten(list(slice_flat(trainer.ema, config, i).items())))
-                    record[f"val/{name}"] = validation_loss(model, fixed)
+                record |= trainer.validate(fixed)
         if due:
             window = []
             if world.rank() == 0:
@@ -145,12 +132,11 @@ def _check_identity(run, info: dict, identity: dict) -> None:
             continue
         what = {"data": "other pictures, captions or latents", "model": "a model of other sizes"}
         if name == "options":
-            old, new = ({**d.pop("elastic"), **d} for d in (before, now))
-            differ = [k for k in new if old.get(k) != new[k]]
-            what["options"] = ", ".join(f"{k} {old.get(k)}, not {new[k]}" for k in differ)
+            differ = [k for k in now if before.get(k) != now[k]]
+            what["options"] = ", ".join(f"{k} {before.get(k)}, not {now[k]}" for k in differ)
         raise SnapGenError(
-            f"the run in {run} was started with {what[name]}; go on with the same as then, or "
-            "train into another folder"
+            f"the run in {run} was started with {what.get(name, f'another {name}')}; go on with "
+            "the same as then, or train into another folder"
         )
 
 
@@ -203,13 +189,13 @@ def saved_weights(run, group: str = "ema") -> dict[str, mx.array]:
     return {k.removeprefix(prefix): a for k, a in state[0].items() if k.startswith(prefix)}
 
 
-def _fixed_batches(data: LatentDataset, o: RunOptions):
+def fixed_batches(data: LatentDataset, size: int):
     """All of ``data`` in order, one caption each, with noise and timesteps that never change."""
     n = len(data.latents)
     rng = np.random.default_rng(0)
     eps = rng.standard_normal(data.latents.shape, dtype=np.float32)
     t = rng.permutation((np.arange(n, dtype=np.float32) + 0.5) / n)
-    for i in range(0, n, o.batch):
-        rows = slice(i, i + o.batch)
+    for i in range(0, n, size):
+        rows = slice(i, i + size)
         text, masks = data.text([captions[0] for captions in data.captions[rows]])
         yield mx.array(data.latents[rows]), mx.array(eps[rows]), mx.array(t[rows]), text, masks
