@@ -26,15 +26,17 @@ class Example:
     file: Path
     captions: list[str]
     digest: str = ""  # SHA-256 of the file
+    concept: str = ""  # what it shows
 
 
 def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
     """Examples of a folder of pictures, and a line for each picture that cannot be used.
 
     An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``, and in
-    the former optionally ``captions``, a list of phrasings. Without either, each picture directly
-    in the folder has its caption in a ``.txt`` of its name. ``caption`` is given to pictures that
-    have none. Every picture is decoded once. Raises SnapGenError for a folder without pictures.
+    the former optionally ``captions``, a list of phrasings; ``concept`` names what is shown, else
+    the first caption does. Without either file, each picture directly in the folder has its
+    caption in a ``.txt`` of its name. ``caption`` is given to pictures that have none. Every
+    picture is decoded once. Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
     examples, bad = [], []
@@ -109,7 +111,7 @@ def _example(folder: Path, row, caption: str | None) -> Example:
         raise ValueError("no caption")
     if not isinstance(captions, list) or not all(map(_is_text, captions)):
         raise ValueError("its captions are no texts")
-    return Example(folder / name, captions)
+    return Example(folder / name, captions, concept=str(row.get("concept") or captions[0]))
 
 
 def _is_text(caption) -> bool:
