@@ -1,0 +1,189 @@
+"""Elastic against standalone training, in small (the paper's Table 1).
+
+    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 600]
+
+DATA is the folder that ``benchmarks.embedded.data`` writes; the embedded model's autoencoder and
+text encoder read it. Each arm trains a small transformer once per seed: all from the same
+weights, on the same batches, noise and timesteps, for the same number of steps.
+
+- ``elastic``: all widths in one run;
+- ``standalone-WIDTH``: one width as a model of its own, from its slice of the same weights;
+- ``unscaled``: elastic without adaptive scaling; ``undistilled``: elastic without L_dist (Eq. 5).
+
+Printed, and written to OUT/results.json with every figure behind it: each width's validation loss
+(averaged weights, fixed noise) and its difference from standalone training, and the bytes of
+weights and optimizer and the seconds of one elastic run against the three standalone ones. The
+runs lie in OUT/ARM-SEED; what is done is not done again.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.models.elastic import random_supernet, slice_flat
+from snapgen_mlx.pipeline import load_text_encoders, load_vae, resolve_model
+from snapgen_mlx.training.data import LatentDataset, cached_latents, read_folder
+from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.loop import LOG, RunOptions, train
+from snapgen_mlx.weights import write_json
+
+SIZE = (128, 128)  # pixels of a picture
+WIDTHS = ["tiny", "small", "full"]
+STANDALONE = [f"standalone-{name}" for name in WIDTHS]
+ELASTIC = {"elastic": {}, "unscaled": {"adaptive": False}, "undistilled": {"distill": 0.0}}
+ROUNDS = 15  # of timing; the median counts
+
+
+def geometry(hidden: int) -> DiTConfig:
+    """The embedded model's with ``hidden`` channels in 8 heads and four layers."""
+    sizes = dict(hidden_size=hidden, head_dim=hidden // 8, num_heads=8, num_kv_heads=8)
+    text = dict(cross_kv_heads=4, caption_dim=hidden, text_dims={"static": 128})
+    return DiTConfig(**sizes, **text, layers=[1, 2, 1], bna_blocks=4)
+
+
+def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
+    """The pictures to train on and the held-out ones, as latents with captions."""
+    model = resolve_model(None)
+    encoders = load_text_encoders(model)
+    vae = functools.cache(functools.partial(load_vae, model))
+
+    def read(part):
+        examples = read_folder(data / part)
+        latents = yield from cached_latents(vae, "embedded", examples, SIZE, cache)
+        sets.append(LatentDataset(latents, [e.captions for e in examples], encoders))
+
+    sets = []
+    for part in ("train", "heldout"):
+        for record in read(part):
+            print(f"encoded {record['encoded']} of {record['pictures']} pictures", flush=True)
+    return sets[0], sets[1]
+
+
+def make_trainer(arm: str, seed: int, config: DiTConfig, options: dict) -> ElasticTrainer:
+    mx.random.seed(seed)
+    params = random_supernet(config)
+    if arm in STANDALONE:
+        index = STANDALONE.index(arm)
+        config, params = config.variant(index), slice_flat(params, config, index)
+    return ElasticTrainer(config, params, ElasticOptions(**options, **ELASTIC.get(arm, {})))
+
+
+def validation_losses(run: Path) -> dict[str, float]:
+    """Loss by width of a run that is done."""
+    last = json.loads((run / LOG).read_text().splitlines()[-1])
+    return {k.split("/")[1]: v for k, v in last.items() if k.startswith("val/")}
+
+
+def state_bytes(trainer: ElasticTrainer) -> int:
+    """Bytes of weights and optimizer state."""
+    kept = ("params/", "opt/")
+    return sum(a.nbytes for k, a in trainer.state().items() if k.startswith(kept))
+
+
+def seconds_per_step(trainers: dict[str, ElasticTrainer], data, batch: int) -> dict[str, float]:
+    """Median seconds of a step, for an elastic trainer over one step with each subnet.
+
+    The trainers take turns, so that whatever else runs on the machine slows all alike.
+    """
+    rng = np.random.default_rng(0)
+    x0, text, masks = data.batch(rng, batch)
+    seconds = {arm: [] for arm in trainers}
+    for _ in range(1 + ROUNDS):
+        for arm, trainer in trainers.items():
+            noise, _ = trainer.draw(rng, mx.random.key(0), x0.shape)
+            steps = [[i] for i in range(trainer.full)] or [[], []]
+            started = time.perf_counter()
+            for subnets in steps:
+                trainer.step(x0, text, masks, noise, subnets)
+            seconds[arm].append((time.perf_counter() - started) / len(steps))
+    # The first round compiles.
+    return {arm: float(np.median(s[1:])) for arm, s in seconds.items()}
+
+
+def cost(config: DiTConfig, options: dict, data: LatentDataset, batch: int) -> dict:
+    """Bytes of weights and optimizer state, and seconds per step, of elastic and standalone."""
+    trainers = {a: make_trainer(a, 0, config, options) for a in ["elastic", *STANDALONE]}
+    size = {arm: state_bytes(trainer) for arm, trainer in trainers.items()}
+    return {"bytes": size, "seconds": seconds_per_step(trainers, data, batch)}
+
+
+def cost_lines(size: dict, seconds: dict) -> list[str]:
+    """An elastic run against the three standalone ones, in bytes and in seconds."""
+    tiny, small, full = (seconds[arm] for arm in STANDALONE)
+    m = (tiny + small) / 2 / full
+    expected = (1 + m) / (1 + 2 * m)
+    time_ratio = seconds["elastic"] / (tiny + small + full)
+    size_ratio = size["elastic"] / sum(size[arm] for arm in STANDALONE)
+    return [
+        f"Weights and optimizer: {size_ratio:.3f} of the three standalone runs'.",
+        f"Time: {time_ratio:.3f} of theirs; (1+m)/(1+2m) = {expected:.3f} with m = {m:.3f}, "
+        f"so {100 * (time_ratio / expected - 1):+.1f} %.",
+    ]
+
+
+def table(losses: dict[str, list[dict]]) -> list[str]:
+    """Rows of validation losses by arm: mean ± standard deviation over seeds, and the mean
+    difference from the standalone run of the same seed."""
+    alone = {name: np.array([r[name] for r in losses[f"standalone-{name}"]]) for name in WIDTHS}
+    rows = [["", *WIDTHS]]
+    rows.append(["standalone", *(f"{a.mean():.4f} ± {a.std():.4f}" for a in alone.values())])
+    for arm in ELASTIC:
+        row = [arm]
+        for name, a in alone.items():
+            own = np.array([r[name] for r in losses[arm]])
+            worse = 100 * (own / a - 1)
+            row.append(
+                f"{own.mean():.4f} ± {own.std():.4f} ({worse.mean():+.2f} ± {worse.std():.2f} %)"
+            )
+        rows.append(row)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=128, help="channels, a multiple of 32")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    args = parser.parse_args()
+
+    config = geometry(args.hidden)
+    options = {"learning_rate": args.learning_rate, "steps": args.steps}
+    options["warmup"] = min(100, args.steps // 10)
+    data, held_out = read_data(args.data, args.out / "cache")
+    losses = {arm: [] for arm in [*STANDALONE, *ELASTIC]}
+    for seed in range(args.seeds):
+        for arm in losses:
+            run = args.out / f"{arm}-{seed}"
+            trainer = make_trainer(arm, seed, config, options)
+            each = dict(log_every=max(args.steps // 10, 1), validate_every=args.steps)
+            of_run = RunOptions(batch=args.batch, seed=seed, **each)
+            for record in train(trainer, data, run, of_run, held_out):
+                print(arm, seed, f"step {record['step']}", flush=True)
+            losses[arm].append(validation_losses(run))
+
+    costs = args.out / "cost.json"
+    if not costs.exists():
+        write_json(costs, cost(config, options, data, args.batch))
+    costs = json.loads(costs.read_text())
+    lines = [*table(losses), "", *cost_lines(costs["bytes"], costs["seconds"])]
+    print("\n".join(lines))
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    of = {k: str(v) for k, v in vars(args).items()}
+    write_json(args.out / "results.json", {"machine": machine, **of, "losses": losses, **costs})
+
+
+if __name__ == "__main__":
+    main()
