@@ -6,17 +6,28 @@ import time
 
 import click
 
+from .arguments import data_options, model_argument, read_pictures
+
 
 @click.command()
-@click.argument("model")
+@model_argument
 @click.argument("data", type=click.Path(file_okay=False))
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New model.")
-@click.option("--caption", help="For pictures without one, such as: a photo of my dog.")
-@click.option("--skip-bad", is_flag=True, help="Leave out pictures that cannot be used.")
+@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New folder.")
+@click.option("--full", is_flag=True, help="Train all weights: the default.")
+@click.option("--lora", type=click.IntRange(1, 1024), help="Train a LoRA of this rank instead.")
+@data_options
 @click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Parts that a batch goes through in, one after the other: less memory.",
+)
+@click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
@@ -38,18 +49,22 @@ import click
 )
 @click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-def finetune(model, data, output, caption, skip_bad, validation, minutes, batch, seed, **elastic):
+def finetune(
+    model, data, output, full, caption, skip_bad, validation, minutes, batch, seed, **elastic
+):
     """Train every width of MODEL together on the pictures in DATA.
 
+    MODEL is a folder, a Hub id, or nothing for the embedded model.
     DATA holds pictures, and their captions in a metadata.jsonl or metadata.csv with file_name and
     text, or in a .txt file beside each. The run's state is kept in OUTPUT/run: Ctrl-C stops it,
-    the same command goes on where it stopped.
+    the same command goes on where it stopped. OUTPUT becomes a model; with --lora, which also takes
+    a quantized MODEL, it gets a lora.safetensors for generate --lora.
     """
+    if full and elastic["lora"]:
+        raise click.UsageError("--full and --lora exclude each other")
     import mlx.core as mx
 
-    from snapgen_mlx.errors import SnapGenError
     from snapgen_mlx.pipeline import resolve_model
-    from snapgen_mlx.training.data import read_folder, scan_folder, shorten
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
     from snapgen_mlx.training.loop import RunOptions
@@ -60,21 +75,12 @@ def finetune(model, data, output, caption, skip_bad, validation, minutes, batch,
         if speaks:
             click.echo(line, **where)
 
-    def pictures(folder):
-        if not skip_bad:
-            return read_folder(folder, caption)
-        examples, bad = scan_folder(folder, caption)
-        if not examples:
-            raise SnapGenError(f"{folder}: no picture can be used: {shorten(bad)}")
-        if bad:
-            echo(f"{folder}: left out {len(bad)} pictures: {shorten(bad)}", err=True)
-        return examples
-
     elastic = ElasticOptions(**elastic)
     options = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     with Stop() as stop:
         try:
-            sets = [pictures(folder) for folder in (data, validation) if folder]
+            folders = [folder for folder in (data, validation) if folder]
+            sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
             started = None
             model = resolve_model(model)
             for record in run(model, sets[0], output, options, elastic, *sets[1:], stop=stop):

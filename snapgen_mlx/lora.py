@@ -143,20 +143,22 @@ def fuse_lora(tensors: dict[str, mx.array], updates: dict[str, Update]) -> dict[
 
 
 class LoRALinear(nn.Module):
-    """A quantized layer with its update beside it, whose rounding the update must not share."""
+    """A layer with its update beside it: a quantized one, whose rounding the update must not
+    share, or one whose update is trained or switched."""
 
-    def __init__(self, linear: nn.Module, update: Update, dtype: mx.Dtype):
+    def __init__(self, linear: nn.Module, update: Update, scale: float = 1.0):
         super().__init__()
         self.linear = linear
-        self.lora_a = update.a.T.astype(dtype)
-        self.lora_b = update.b.T.astype(dtype)
+        self.lora_a, self.lora_b = update
+        self.scale = scale
 
     @property
     def bias(self) -> mx.array:
         return self.linear.bias
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear(x) + (x @ self.lora_a) @ self.lora_b
+        update = (x @ self.lora_a.T) @ self.lora_b.T
+        return self.linear(x) + self.scale * update
 
 
 def add_lora(model: nn.Module, updates: dict[str, Update]) -> None:
@@ -171,5 +173,6 @@ def add_lora(model: nn.Module, updates: dict[str, Update]) -> None:
             base = layer
             while isinstance(base, LoRALinear):
                 base = base.linear
-            new.append((path, LoRALinear(layer, update, base.scales.dtype)))
+            dtype = base.scales.dtype
+            new.append((path, LoRALinear(layer, Update(*(m.astype(dtype) for m in update)))))
     model.update_modules(tree_unflatten(new))

@@ -60,9 +60,11 @@ def in_bank(path: str, index: int) -> str:
 
 
 def axis_groups(path: str) -> tuple[int, ...]:
+    """Groups along each axis of a weight, a bias, or a LoRA's A (rank, in) and B (out, rank)."""
     layer, name = _layer(path)
-    groups = _GROUPS.get(layer, (0, 0))
-    return groups[:1] if name == "bias" else groups
+    rows, columns = _GROUPS.get(layer, (0, 0))
+    kinds = {"bias": (rows,), "lora_a": (0, columns), "lora_b": (rows, 0)}
+    return kinds.get(name, (rows, columns))
 
 
 def leading_slice(a: mx.array, groups: tuple[int, ...], width: float, path: str) -> mx.array:

@@ -44,6 +44,7 @@ class ElasticOptions(AdamOptions):
     shift: float = 1.0  # of the training timesteps: 1 for small latents, 3 at 1024² px
     distill: float = 1.0  # weight of Eq. 5
     adaptive: bool = True
+    lora: int | None = None  # rank; None trains all weights
     subnets: str = "one"  # narrower widths per step: one drawn uniformly, or "all" (sandwich rule)
 
 
@@ -156,8 +157,10 @@ class ElasticTrainer:
     gradient, no moment update, no decay.
     """
 
-    def __init__(self, config: DiTConfig, params: dict, options: ElasticOptions, models=None):
-        self.config, self.options = config, options
+    def __init__(
+        self, config: DiTConfig, params: dict, options: ElasticOptions, models=None, base: str = ""
+    ):
+        self.config, self.options, self.base = config, options, base
         self.weights = Averaged(params, options)
         self.full = len(config.widths) - 1
         self.models = models or empty_models(config)
@@ -294,7 +297,7 @@ class ElasticTrainer:
 
     def identity(self) -> dict:
         """What a saved state belongs to, beside options and data."""
-        return {"model": self.config.to_dict()}
+        return {"model": self.config.to_dict(), "base": self.base}
 
     def state(self) -> dict[str, mx.array]:
         """Everything that changes, flat, for ``save_state``."""

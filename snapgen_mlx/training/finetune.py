@@ -10,14 +10,24 @@ import mlx.core as mx
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
-from ..models.dit import DiT
 from ..models.elastic import random_supernet, slice_flat
 from ..pipeline import load_text_encoders, load_vae
-from ..weights import assign, dequantize, load_config, load_supernet, save_tensors, write_json
+from ..weights import (
+    assign,
+    dequantize,
+    load_config,
+    load_dit,
+    load_supernet,
+    save_tensors,
+    write_json,
+)
 from .checkpoint import file_sha256
 from .data import Example, LatentDataset, cached_latents
-from .elastic import ElasticOptions, ElasticTrainer, norm
-from .loop import RunOptions, saved_weights, train
+from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
+from .loop import RunOptions, train
+from .lora import attach_lora, lora_change, lora_params, save_lora
+
+LORA = "lora.safetensors"
 
 
 def finetune(
@@ -32,22 +42,18 @@ def finetune(
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
     Before them come records of pictures encoded (``data.cached_latents``), after them
-    ``weight_change``. Writes the trained model (the averaged weights in floats, with everything
-    else of ``model`` beside them) to ``output``, unless ``stop`` ended the run; the run's state
-    lies in ``output/run`` and is resumed from there, latents in ``output/cache``. Raises
-    SnapGenError for bad folders, and when training changed nothing.
+    ``weight_change``. Writes the averaged weights to ``output``, unless ``stop`` ended the run: a
+    LoRA as ``lora.safetensors``, all weights as a model in floats with everything else of
+    ``model`` beside them. The run's state lies in ``output/run`` and is resumed from there,
+    latents in ``output/cache``. Raises SnapGenError for bad folders, and when training changed
+    nothing.
     """
     model, output = Path(model), Path(output)
     if output.resolve().is_relative_to(model.resolve()):
         raise UsageError(f"{output} lies in the model that is to be trained; choose another folder")
     if (output / "config.json").exists() and not (output / "run").is_dir():
         raise UsageError(f"{output} holds another model; choose another folder")
-    config, params = load_supernet(model)
-    # A quantized model, such as the embedded one, is trained from the floats it stands for.
-    params = dequantize(params, {k: a.shape for k, a in random_supernet(config).items()})
-    for i in range(len(config.widths)):
-        dit = DiT(config.variant(i) if len(config.widths) > 1 else config)
-        assign(dit, slice_flat(params, config, i), model / "transformer")
+    trainer = make_trainer(model, elastic, options.seed)
     size = load_config(model).get("sampling", {}).get("size", 1024)
 
     encoders = load_text_encoders(model)
@@ -61,31 +67,61 @@ def finetune(
             sets.append(LatentDataset(latents, [e.captions for e in part], encoders))
     del vae  # frees it before the training
 
-    trainer = ElasticTrainer(config, params, elastic)
     for record in train(trainer, sets[0], output / "run", options, *sets[1:], stop=stop):
         yield record
     if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
         return
 
     # Not the averaged ones, which rounding changes even when training does not.
-    if not all(weight_change(config, params, saved_weights(output / "run", "params")).values()):
+    if not all(weight_change(model, trainer, trainer.weights.params).values()):
         raise SnapGenError(
-            f"{record['step']} steps changed no weight, so no model was written; train for longer "
+            f"{record['step']} steps changed no weight, so nothing was written; train for longer "
             "or with a higher learning rate"
         )
-    weights = saved_weights(output / "run")
-    change = weight_change(config, params, weights)
+    weights = trainer.weights.mean
+    change = weight_change(model, trainer, weights)
     yield {f"change/{name}": value for name, value in change.items()}
-    _write_model(model, output, config, weights)
+    if elastic.lora:
+        save_lora(output / LORA, weights)
+    else:
+        _write_model(model, output, trainer.config, weights)
 
 
-def weight_change(config: DiTConfig, before: dict, after: dict) -> dict[str, float]:
-    """|after - before| / |before| over the weights of each width of two flat supernets."""
-    change = {}
+def make_trainer(model: Path, options: ElasticOptions, seed: int) -> ElasticTrainer:
+    """A trainer of all weights of a model folder, in floats, or of LoRA matrices beside them.
+
+    Raises SnapGenError for damaged or foreign weights.
+    """
+    base = _fingerprint(model / "transformer")
+    if not options.lora:
+        config, params = _float_supernet(model)
+        for dit, i in zip(empty_models(config), range(len(config.widths)), strict=True):
+            assign(dit, slice_flat(params, config, i), model / "transformer")
+        return ElasticTrainer(config, params, options, base=base)
+    config = DiTConfig.from_dict(load_config(model / "transformer"))
+    models = [load_dit(model, name) for name in config.variants]
+    params = lora_params(config, options.lora, seed)
+    for i, dit in enumerate(models):
+        attach_lora(dit, slice_flat(params, config, i))
+    return ElasticTrainer(config, params, options, models, base)
+
+
+def _float_supernet(model: Path) -> tuple[DiTConfig, dict[str, mx.array]]:
+    """A quantized model, such as the embedded one, as the floats it stands for."""
+    config, params = load_supernet(model)
+    return config, dequantize(params, {k: a.shape for k, a in random_supernet(config).items()})
+
+
+def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[str, float]:
+    """|after - before| / |before| of each width's weights, or of those that a LoRA updates."""
+    config = trainer.config
+    if trainer.options.lora:
+        return {v: lora_change(trainer.bind(i, params)) for i, v in enumerate(config.variants)}
+    change, before = {}, _float_supernet(model)[1]
     for i, name in enumerate(config.variants):
         old, new = (
             {k: a.astype(mx.float32) for k, a in slice_flat(p, config, i).items()}
-            for p in (before, after)
+            for p in (before, params)
         )
         change[name] = (norm({k: new[k] - old[k] for k in old}) / norm(old)).item()
     return change

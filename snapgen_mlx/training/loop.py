@@ -130,13 +130,17 @@ def _check_identity(run, info: dict, identity: dict) -> None:
         before = info.get(name)
         if before == now:
             continue
-        what = {"data": "other pictures, captions or latents", "model": "a model of other sizes"}
+        what = {
+            "data": "other pictures, captions or latents",
+            "model": "a model of other sizes",
+            "base": "other weights of the model",
+        }
         if name == "options":
             differ = [k for k in now if before.get(k) != now[k]]
             what["options"] = ", ".join(f"{k} {before.get(k)}, not {now[k]}" for k in differ)
         raise SnapGenError(
-            f"the run in {run} was started with {what.get(name, f'another {name}')}; go on with "
-            "the same as then, or train into another folder"
+            f"the run in {run} was started with {what[name]}; go on with the same as then, or "
+            "train into another folder"
         )
 
 
@@ -177,16 +181,6 @@ def _append_log(path: Path, record: dict) -> None:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
         raise SnapGenError(f"cannot write {path}: {e.strerror}; free some space") from e
-
-
-def saved_weights(run, group: str = "ema") -> dict[str, mx.array]:
-    """Flat weights of the newest whole state in ``run``: averaged ("ema") or as trained
-    ("params")."""
-    state = load_state(run)
-    if state is None:
-        raise SnapGenError(f"there is no training state in {run}")
-    prefix = f"{group}/"
-    return {k.removeprefix(prefix): a for k, a in state[0].items() if k.startswith(prefix)}
 
 
 def fixed_batches(data: LatentDataset, size: int):

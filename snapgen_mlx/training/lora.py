@@ -1,0 +1,86 @@
+"""Training low-rank updates of an elastic model's layers instead of its weights.
+
+One pair of matrices per layer serves every width: A (rank, in) and B (out, rank) are cut along
+``in`` and ``out`` as the layer's weight is (architecture section 3).
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..config import DiTConfig
+from ..files import atomic_write
+from ..lora import LoRALinear, Update
+from ..models.dit import DiT
+from ..models.elastic import random_supernet
+from ..safetensors_io import write_tensors
+
+SCALE = 2.0  # alpha / rank, as of the paper's rank 64 with alpha 128
+STAGES = ("down", "mid", "up")
+LAYERS = ("to_q", "to_k", "to_v", "to_out", "fc1", "fc2")
+
+
+def lora_params(config: DiTConfig, rank: int, seed: int = 0) -> dict[str, mx.array]:
+    """Fresh flat {LAYER.lora_a: (rank, in), LAYER.lora_b: (out, rank)} of a supernet, float32.
+
+    The layers are those of attention, cross-attention and feed-forward in all blocks. B is zero:
+    the model with them is the model without.
+    """
+    weights = random_supernet(config).items()  # never evaluated
+    params, key = {}, mx.random.key(seed)
+    for path, weight in weights:
+        *parts, layer, name = path.split(".")
+        if parts and parts[0] in STAGES and layer in LAYERS and name == "weight":
+            rows, columns = weight.shape
+            key, own = mx.random.split(key)
+            layer = path.removesuffix(".weight")
+            bound = columns**-0.5
+            params[f"{layer}.lora_a"] = mx.random.uniform(-bound, bound, (rank, columns), key=own)
+            params[f"{layer}.lora_b"] = mx.zeros((rows, rank))
+    return params
+
+
+def attach_lora(model: DiT, params: dict[str, mx.array]) -> None:
+    """Put the matrices of one width beside the layers of its model, float or quantized."""
+    modules, new = dict(model.named_modules()), []
+    for path in params:
+        if path.endswith(".lora_a"):
+            layer = path.removesuffix(".lora_a")
+            update = Update(params[path], params[f"{layer}.lora_b"])
+            new.append((layer, LoRALinear(modules[layer], update, SCALE)))
+    model.update_modules(tree_unflatten(new))
+
+
+def lora_layers(model: DiT) -> dict[str, LoRALinear]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_change(model: DiT) -> float:
+    """|scale · B A| / |W| over the layers that have a LoRA."""
+    change, total = [], []
+    for layer in lora_layers(model).values():
+        update = layer.scale * layer.lora_b @ layer.lora_a
+        change.append(update.astype(mx.float32).square().sum())
+        total.append(float_weight(layer.linear).square().sum())
+    return mx.sqrt(sum(change) / sum(total)).item()
+
+
+def float_weight(layer: nn.Module) -> mx.array:
+    if isinstance(layer, nn.QuantizedLinear):
+        how = {"group_size": layer.group_size, "bits": layer.bits}
+        return mx.dequantize(layer.weight, layer.scales, layer.biases, **how).astype(mx.float32)
+    return layer.weight.astype(mx.float32)
+
+
+def save_lora(path, params: dict[str, mx.array]) -> None:
+    """Write matrices as a file that ``lora.load_lora`` and other tools read."""
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    tensors = {}
+    for key, a in params.items():
+        layer, _, part = key.rpartition(".")
+        tensors[f"{layer}.{names[part]}"] = a
+        if part == "lora_a":
+            tensors[f"{layer}.alpha"] = mx.array(SCALE * len(a))
+    with atomic_write(path) as tmp:
+        shapes = {k: (a.dtype, tuple(a.shape)) for k, a in tensors.items()}
+        write_tensors(tmp, shapes, tensors.items())
