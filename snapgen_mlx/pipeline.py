@@ -239,8 +239,11 @@ class Pipeline:
         """States and masks of texts by encoder name, as ``DiT`` takes them."""
         encoded = {encoder.name: encoder.encode(texts) for encoder in self.encoders}
         text, masks = ({k: pair[i] for k, pair in encoded.items()} for i in (0, 1))
-        if encoded and not mx.all(mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1)):
-            raise UsageError("the prompt has no word that this model knows")
+        if encoded:
+            known = mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1).tolist()
+            if not all(known):
+                unknown = texts[known.index(False)]
+                raise UsageError(f"the prompt {unknown!r} has no word that this model knows")
         dims = {name: states.shape[-1] for name, states in text.items()}
         if not dims.items() <= self.dit_config.text_dims.items():
             raise SnapGenError(

@@ -1,0 +1,110 @@
+"""How good a model's widths are on a folder of pictures: validation loss and alignment.
+
+The loss is the paper's metric, the mean flow loss. Alignment asks whether a picture shows what it
+was asked for: its nearest real picture, by squared distance of autoencoder latents, should be of
+the prompted concept.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from .pipeline import Pipeline, Settings
+from .training.data import Example, LatentDataset, encode_images
+from .training.elastic import validation_loss
+from .training.loop import fixed_batches
+
+BATCH_PIXELS = 2**20  # encoded, or validated, at once
+
+
+def evaluate(
+    model,
+    examples: list[Example],
+    variants: list[str] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    count: int = 100,
+) -> Iterator[dict]:
+    """Measure widths of ``model`` (a folder, a Hub id, or None) on ``examples``.
+
+    For alignment ``count`` of the examples, or all where there are fewer, are drawn from their
+    first captions, always the same ones from the same noise, and compared with all of them; none
+    when all show one concept. Yields first what is measured: ``pictures``, ``concepts``, ``drawn``,
+    ``steps``, ``guidance`` and, when any is drawn, the shares by ``chance``. Then for each of
+    ``variants`` (all when None) its name as ``variant``, its ``loss`` and its ``shares``. Raises
+    UsageError for an unknown variant or a picture that does not fit into memory.
+    """
+    pipe = Pipeline.load(model, variants and variants[0], guidance=guidance, keep_encoders=False)
+    variants = variants or pipe.dit_config.variants
+    for name in variants:
+        pipe.dit_config.variant_index(name)
+    concepts = [e.concept for e in examples]
+    n = len(set(concepts))
+    count = min(count, len(examples)) if n > 1 else 0
+    chosen = np.random.default_rng(0).permutation(len(examples))[:count]
+    given = dict(steps=steps, guidance=guidance)
+    jobs = [pipe.settings(examples[i].captions[0], seed=s, **given) for s, i in enumerate(chosen)]
+    s = pipe.settings("any", **given)
+    header = {"pictures": len(examples), "concepts": n, "drawn": count}
+    header |= {"steps": s.steps, "guidance": s.guidance}
+    yield header | ({"chance": chance(n)} if count else {})
+
+    batch = max(1, BATCH_PIXELS // (s.width * s.height))
+    latents = encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width), batch)
+    pipe.free("vae")
+    captions = [e.captions for e in examples]
+    fixed = list(fixed_batches(LatentDataset(latents, captions, pipe.encoders), batch))
+    mx.eval(fixed)
+    if jobs:
+        pipe.prepare(jobs)
+    pipe.free("encoders")
+    real = latents.reshape(len(latents), -1)
+    for name in variants:
+        pipe.free("dit")
+        pipe.variant = name
+        record = {"variant": name}
+        if jobs:
+            drawn = draw_latents(pipe, jobs)
+            record |= shares(ranks(drawn, [concepts[i] for i in chosen], real, concepts))
+        record["loss"] = validation_loss(pipe.dit, fixed)
+        yield record
+
+
+def draw_latents(pipe: Pipeline, jobs: list[Settings]) -> np.ndarray:
+    """Flat latents (N, D) of the pictures that ``pipe.generate`` would make."""
+    out = []
+    for job in jobs:
+        for step in pipe.stream(job):  # noqa: B007
+            pass
+        out.append(np.array(step.x).ravel())
+    return np.stack(out)
+
+
+def ranks(
+    latents: np.ndarray, wanted: list[str], real: np.ndarray, concepts: list[str]
+) -> np.ndarray:
+    """Rank (from 0) of each picture's wanted concept among all concepts.
+
+    Concepts are ordered by their nearest real picture. Args: latents (N, D) and the concept
+    wanted of each; real (M, D) and the concept of each.
+    """
+    names = sorted(set(concepts))
+    column = np.array([names.index(c) for c in concepts])
+    out = []
+    for z, want in zip(latents, wanted, strict=True):
+        distance = ((real - z) ** 2).sum(1)
+        nearest = np.full(len(names), np.inf)
+        np.minimum.at(nearest, column, distance)
+        out.append(int((nearest < nearest[names.index(want)]).sum()))
+    return np.array(out)
+
+
+def shares(ranks: np.ndarray) -> dict[str, float]:
+    """Share of pictures with the wanted concept first, and among the first five."""
+    return {"top1": float((ranks < 1).mean()), "top5": float((ranks < 5).mean())}
+
+
+def chance(concepts: int) -> dict[str, float]:
+    """``shares`` of a model that does not read its prompts."""
+    return {"top1": 1 / concepts, "top5": min(5 / concepts, 1.0)}

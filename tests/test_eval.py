@@ -1,0 +1,194 @@
+"""``snapgen-mlx eval``: the loss is the training's, alignment tells right pictures from wrong."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from snapgen_mlx import Pipeline
+from snapgen_mlx.cli.main import main
+from snapgen_mlx.evaluation import chance, evaluate, ranks, shares
+from snapgen_mlx.pipeline import embedded_model
+from snapgen_mlx.training.data import read_folder
+
+from .tiny import write_tiny_model
+
+PROMPTS = ["a red heart", "a green book", "the sun", "a blue car"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(main, list(map(str, args)))
+
+
+def error(result, code: int) -> str:
+    assert result.exit_code == code, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def write_data(folder, images, rows):
+    folder.mkdir()
+    for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+        image.save(folder / f"{i}.png")
+        with open(folder / "metadata.jsonl", "a") as f:
+            f.write(json.dumps({"file_name": f"{i}.png", **row}) + "\n")
+    return folder
+
+
+def noise_pictures(n: int) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    texts = ["a red dog", "a happy cat", "a red dog", "a kitty"]
+    folder = tmp_path_factory.mktemp("data") / "data"
+    return write_data(folder, noise_pictures(4), [{"text": text} for text in texts])
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Pictures by the shipped model; ``eval`` draws from other seeds."""
+    pipe = Pipeline.load(variant="full")
+    return [pipe.generate(prompt, seed=7, steps=4) for prompt in PROMPTS]
+
+
+# Ranks
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_ranks_against_sorting(seed):
+    """Distances are whole numbers, so that there are ties; a tie does not count against it."""
+    rng = np.random.default_rng(seed)
+    real = rng.integers(0, 3, (12, 2)).astype(np.float32)
+    concepts = [str(c) for c in rng.integers(0, 5, 12)]
+    latents = rng.integers(0, 3, (4, 2)).astype(np.float32)
+    wanted = [concepts[i] for i in rng.integers(0, 12, 4)]
+    for z, want, rank in zip(latents, wanted, ranks(latents, wanted, real, concepts), strict=True):
+        nearest = {
+            c: min(
+                ((z - r) ** 2).sum() for r, other in zip(real, concepts, strict=True) if other == c
+            )
+            for c in set(concepts)
+        }
+        assert sorted(nearest.values()).index(nearest[want]) == rank
+
+
+def test_shares():
+    assert shares(np.array([0, 4, 5, 0])) == {"top1": 0.5, "top5": 0.75}
+    assert chance(20) == {"top1": 0.05, "top5": 0.25}
+    assert chance(3)["top5"] == 1
+
+
+# The command
+
+
+def test_the_loss_is_the_trainings(model, data, tmp_path):
+    """Of the averaged weights, which a training writes, on its validation pictures."""
+    mx.disable_compile()
+    options = ["--steps=2", "--warmup=1", "--batch=3", "--learning-rate=1e-2"]
+    command = ["finetune", model, data, "-o", tmp_path / "out", "--validation", data, *options]
+    assert invoke(*command).exit_code == 0
+    mx.enable_compile()
+    record = json.loads((tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()[-1])
+    result = invoke("eval", tmp_path / "out", data, "--count", 0, "--json", tmp_path / "e.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert list(found["variants"]) == ["tiny", "small", "full"]
+    for name, figures in found["variants"].items():
+        assert figures == {"loss": pytest.approx(record[f"val/{name}"], rel=1e-5)}
+    before = {
+        r["variant"]: r["loss"] for r in list(evaluate(model, read_folder(data), count=0))[1:]
+    }
+    assert all(abs(found["variants"][k]["loss"] / before[k] - 1) > 1e-4 for k in before)
+    table = [line.split() for line in result.stdout.splitlines()]
+    assert table[0] == ["pictures", "4,", "concepts", "3"]
+    assert table[1:] == [[k, f"{v['loss']:.4f}"] for k, v in found["variants"].items()]
+
+
+def test_alignment_of_the_shipped_model(drawn, tmp_path):
+    """Its pictures are nearest to others of the same words; with words exchanged, to others."""
+    right, wrong = (
+        write_data(tmp_path / name, drawn, [{"text": PROMPTS[(i + shift) % 4]} for i in range(4)])
+        for shift, name in enumerate(("right", "wrong"))
+    )
+    result = invoke("eval", right, "--variants=full", "--steps=4")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [
+        "pictures 4, concepts 4",
+        "at each width 4 drawn with 4 steps, guidance 4",
+    ]
+    assert lines[2].split() == ["loss", "nearest", "in", "5"]
+    assert lines[3].split() == ["chance", "25.0", "%", "100.0", "%"]
+    name, loss, *rest = lines[4].split()
+    assert (name, rest) == ("full", ["100.0", "%", "100.0", "%"])
+    records = evaluate(embedded_model(), read_folder(wrong), ["full"], steps=4)
+    assert next(records)["chance"] == chance(4)
+    (record,) = records
+    assert record["top1"] == 0 and record["loss"] > float(loss)
+
+
+def test_concepts(drawn, model, tmp_path):
+    rows = [{"text": f"a red dog {i}", "concept": "dog" if i < 2 else 3} for i in range(3)]
+    folder = write_data(tmp_path / "data", drawn[:3], rows)
+    args = ["eval", model, folder, "--json", tmp_path / "e.json"]
+    options = ["--variants", "small,tiny", "--steps=2", "--guidance=1", "--count=1"]
+    result = invoke(*args, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert list(found["variants"]) == ["small", "tiny"]
+    assert (found["pictures"], found["concepts"], found["drawn"]) == (3, 2, 1)
+    assert (found["steps"], found["guidance"], found["chance"]["top1"]) == (2, 1, 0.5)
+    (folder / "metadata.jsonl").unlink()
+    result = invoke(*args, "--caption", "a cat")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("pictures 3, concepts 1\nall pictures show one concept, so")
+    assert "chance" not in result.stdout
+
+
+def test_the_same_figures_again(model, data, tmp_path):
+    for name in ("a", "b"):
+        assert invoke("eval", model, data, "--steps=2", "--json", tmp_path / name).exit_code == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_bad_requests(model, data, tmp_path):
+    assert "no variant 'huge'" in error(invoke("eval", model, data, "--variants=tiny,huge"), 2)
+    assert "0 steps; it must be 1" in error(invoke("eval", model, data, "--steps=0"), 2)
+    assert "error: " in error(invoke("eval", model, tmp_path / "none"), 1)
+    assert "is this a model folder?" in error(invoke("eval", data, data), 1)
+    result = invoke("eval", model, model, data)
+    assert result.exit_code == 2 and "unexpected extra argument" in result.stderr
+    result = invoke("eval")
+    assert result.exit_code == 2 and "Missing argument 'DATA'" in result.stderr
+    unread = [{"text": "a red dog"}, {"text": "日本語"}]
+    unread = write_data(tmp_path / "unread", noise_pictures(2), unread)
+    assert "'日本語' has no word that this model knows" in error(invoke("eval", model, unread), 2)
+    (unread / "1.png").write_text("nothing")
+    assert "1.png (not a picture)" in error(invoke("eval", model, unread), 1)
+    assert invoke("eval", model, unread, "--skip-bad", "--count=0").exit_code == 0
+
+
+def test_finetune_without_a_model_trains_the_shipped_one(data, tmp_path, monkeypatch):
+    models = []
+
+    def record(model, *_, **__):
+        models.append(model)
+        yield {"step": 1000, "done": True, "stopped": False}
+
+    monkeypatch.setattr("snapgen_mlx.training.finetune.finetune", record)
+    result = invoke("finetune", data, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert models == [embedded_model()]
