@@ -449,7 +449,7 @@ def one_error(result, code=1):
 def test_training_that_changes_nothing(material, tmp_path):
     """The first step has the learning rate 0."""
     result = invoke(*arguments(material, tmp_path, steps=1))
-    assert "1 steps changed no weight, so no model was written" in one_error(result)
+    assert "1 steps changed no weight, so nothing was written" in one_error(result)
     assert names(tmp_path) == ["cache", "run"]
 
 
