@@ -203,6 +203,17 @@ def cached_latents(
     return np.concatenate(out)
 
 
+def encode_text(encoders: list, prompts: list[str]) -> tuple[dict, dict]:
+    """States and masks by encoder, padded to a multiple of 8 tokens: few shapes."""
+    text, masks = {}, {}
+    for encoder in encoders:
+        states, mask = encoder.encode(prompts)
+        pad = -states.shape[1] % 8
+        text[encoder.name] = mx.pad(states, [(0, 0), (0, pad), (0, 0)])
+        masks[encoder.name] = mx.pad(mask, [(0, 0), (0, pad)])
+    return text, masks
+
+
 class LatentDataset:
     """Latents (N, h, w, C) with captions; a batch depends on (seed, step) alone."""
 
@@ -217,20 +228,15 @@ class LatentDataset:
         return digest.hexdigest()
 
     def text(self, prompts: list[str]) -> tuple[dict, dict]:
-        """States and masks by encoder, padded to a multiple of 8 tokens: few shapes."""
-        text, masks = {}, {}
-        for encoder in self.encoders:
-            states, mask = encoder.encode(prompts)
-            pad = -states.shape[1] % 8
-            text[encoder.name] = mx.pad(states, [(0, 0), (0, pad), (0, 0)])
-            masks[encoder.name] = mx.pad(mask, [(0, 0), (0, pad)])
-        return text, masks
+        """States and masks by encoder, as of ``encode_text``."""
+        return encode_text(self.encoders, prompts)
 
     def batch(self, rng: np.random.Generator, size: int, dropout: float = 0.0):
         """-> x0 (B, h, w, C), text, masks; each encoder is dropped with probability ``dropout``."""
         rows = rng.integers(len(self.latents), size=size)
         prompts = [self.captions[i][rng.integers(len(self.captions[i]))] for i in rows]
         text, masks = self.text(prompts)
-        for name in masks:
+        for encoder in self.encoders:
+            name = encoder.name
             masks[name] = masks[name] & mx.array(rng.random(size) >= dropout)[:, None]
         return mx.array(self.latents[rows]), text, masks
