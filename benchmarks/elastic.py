@@ -57,7 +57,7 @@ def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
 
     def read(part):
         examples = read_folder(data / part)
-        latents = yield from cached_latents(vae, "embedded", examples, SIZE, cache)
+        latents = yield from cached_latents(vae, "embedded", examples, [SIZE], cache)
         sets.append(LatentDataset(latents, [e.captions for e in examples], encoders))
 
     sets = []

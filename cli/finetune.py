@@ -17,6 +17,7 @@ from .arguments import data_options, model_argument, read_pictures
 @click.option("--lora", type=click.IntRange(1, 1024), help="Train a LoRA of this rank instead.")
 @data_options
 @click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
+@click.option("--flip", is_flag=True, help="Mirror pictures at random.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
@@ -50,7 +51,7 @@ from .arguments import data_options, model_argument, read_pictures
 @click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def finetune(
-    model, data, output, full, caption, skip_bad, validation, minutes, batch, seed, **elastic
+    model, data, output, full, caption, skip_bad, validation, flip, minutes, batch, seed, **elastic
 ):
     """Train every width of MODEL together on the pictures in DATA.
 
@@ -83,9 +84,11 @@ def finetune(
             sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
             started = None
             model = resolve_model(model)
-            for record in run(model, sets[0], output, options, elastic, *sets[1:], stop=stop):
+            records = run(model, sets[0], output, options, elastic, *sets[1:], flip=flip, stop=stop)
+            for record in records:
                 if "encoded" in record:
-                    echo(f"encoded {record['encoded']} of {record['pictures']} pictures")
+                    what = "pictures" if "pictures" in record else "captions"
+                    echo(f"encoded {record['encoded']} of {record[what]} {what}")
                 elif "step" in record:
                     last = record
                     started = started or time.monotonic()

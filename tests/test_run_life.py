@@ -364,7 +364,8 @@ def test_the_command(material, finished):
     assert result.exit_code == 0, result.output
     assert "left out 1 pictures: bad.png (not a picture)" in result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "encoded 6 of 6 pictures"
+    assert lines[:2] == ["encoded 6 of 6 pictures", "encoded 2 of 2 captions"]
+    lines = lines[1:]
     assert [line.split("  ")[0] for line in lines[1:4]] == [f"step {n}0/30" for n in (1, 2, 3)]
     _, lossline, speed, memory, left = lines[1].split("  ")
     words = lossline.split()

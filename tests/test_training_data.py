@@ -1,21 +1,36 @@
 """Folders of pictures as users have them: captions, odd files, and what is refused."""
 
+import csv
+import hashlib
 import json
 import os
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from snapgen_mlx.cli.main import main
+from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.models.static_text import StaticText
+from snapgen_mlx.pipeline import embedded_model
+from snapgen_mlx.training import data as module
 from snapgen_mlx.training.data import (
+    LatentDataset,
+    bucket_sizes,
     cached_latents,
+    cached_states,
     encode_images,
     load_image,
+    nearest_size,
     read_folder,
     scan_folder,
 )
+from snapgen_mlx.training.loop import fixed_batches
+
+from .tiny import write_tiny_model
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (10, 40, 220)
 
@@ -70,16 +85,46 @@ def test_csv(tmp_path):
     assert found(tmp_path) == [("b.png", ['red, "very" red']), ("a.png", ["two\nlines"])]
 
 
+LITTER = (".DS_Store", "._a.webp", "._a.txt", "Thumbs.db", "desktop.ini", "__MACOSX/._a.webp")
+
+
+def litter(folder):
+    """What macOS and Windows leave in folders and archives."""
+    for name in (*LITTER, "._metadata.jsonl", "._metadata.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\0\1")
+
+
 def test_text_files_beside_pictures_and_what_is_not_one(tmp_path):
     picture(tmp_path / "b.JPG", format="JPEG")
     picture(tmp_path / "a.webp")
     (tmp_path / "b.txt").write_text(" a dog\n on grass \n")
     (tmp_path / "a.txt").write_text("a cat")
-    for name in (".DS_Store", "._a.webp", "Thumbs.db", "desktop.ini", "README.md", "notes.txt"):
+    litter(tmp_path)
+    for name in ("README.md", "notes.txt"):
         (tmp_path / name).write_bytes(b"\0\1")
     picture(tmp_path / ".hidden.png")
     picture(tmp_path / "__MACOSX" / "a.png")
     assert found(tmp_path) == [("a.webp", ["a cat"]), ("b.JPG", ["a dog on grass"])]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_litter_beside_metadata_and_in_it(tmp_path, listed):
+    """Scripts that list a folder list its litter too, with or without captions."""
+    picture(tmp_path / "a.webp")
+    litter(tmp_path)
+    rows = [{"file_name": name, "text": "x" * (i % 2)} for i, name in enumerate(LITTER)]
+    rows = [*rows * listed, {"file_name": "a.webp", "text": "a cat"}]
+    with open(tmp_path / "metadata.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert found(tmp_path) == [("a.webp", ["a cat"])]
+    metadata(tmp_path, *rows)
+    assert found(tmp_path) == [("a.webp", ["a cat"])]
+    metadata(tmp_path, *rows[:-1])
+    with pytest.raises(SnapGenError, match="holds no picture"):
+        read_folder(tmp_path)
 
 
 def test_one_caption_for_all_without(tmp_path):
@@ -121,8 +166,7 @@ def test_everything_bad_is_named_at_once(tmp_path):
     assert "--caption" not in message
     for name in names:
         assert f"{name} (" in message
-    for reason in ("page.png (not a picture)", "phone.heic (HEIC is not read; save it as JPEG)"):
-        assert reason in message
+    assert "page.png (not a picture)" in message
     examples, bad = scan_folder(tmp_path)
     assert [e.file.name for e in examples] == ["good.png"] and len(bad) == 9
 
@@ -150,6 +194,7 @@ def test_many_bad_pictures_are_counted(tmp_path):
         ({"file_name": "a.png", "text": 5}, "its captions are no texts"),
         ({"file_name": "a.png", "captions": "abc"}, "its captions are no texts"),
         ({"file_name": "a.png", "captions": ["a", 3]}, "its captions are no texts"),
+        ({"file_name": "a.png", "text": "half \ud83d an emoji"}, "surrogates not allowed"),
         ({"file_name": "../secret.png", "text": "x"}, "../secret.png is outside the folder"),
         ({"file_name": "b/../../secret.png", "text": "x"}, "is outside the folder"),
         ({"file_name": "/etc/secret.png", "text": "x"}, "/etc/secret.png is outside the folder"),
@@ -260,6 +305,92 @@ def test_the_middle_is_kept(tmp_path):
         load_image(tmp_path / "none.png", (8, 8))
 
 
+def test_heic(tmp_path):
+    """A phone's own format: upright, and read whatever its name."""
+    upright = Image.new("RGB", (48, 64), BLUE)
+    upright.paste(RED, (0, 0, 48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "a.heic", quality=95, exif=exif.tobytes())
+    upright.save(tmp_path / "b.heif", quality=95)
+    (tmp_path / "c.jpg").write_bytes((tmp_path / "a.heic").read_bytes())
+    examples = read_folder(tmp_path, "x")
+    assert [(e.file.name, e.aspect) for e in examples] == [
+        ("a.heic", 0.75),
+        ("b.heif", 0.75),
+        ("c.jpg", 0.75),
+    ]
+    for example in examples:
+        a = pixels(example.file, (64, 48))
+        assert close(a[:30], RED, off=6) and close(a[34:], BLUE, off=6), example.file
+
+
+def test_a_damaged_heic(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    image.save(tmp_path / "a.heic", thumbnails=[64])
+    whole = (tmp_path / "a.heic").read_bytes()
+    (example,) = read_folder(tmp_path, "x")
+    assert example.aspect == 1.5
+    (tmp_path / "a.heic").write_bytes(whole[: len(whole) // 2])
+    _, bad = scan_folder(tmp_path, "x")
+    assert len(bad) == 1 and bad[0].startswith("a.heic (")
+
+
+def test_heic_without_its_reader(tmp_path, monkeypatch):
+    picture(tmp_path / "a.heic", format="HEIF")
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.heic").read_bytes())
+    (tmp_path / "c.heic").write_text("nothing")
+    monkeypatch.setattr(module, "pillow_heif", None)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    install = "(HEIC, read after: pip install 'snapgen-mlx[heic]')"
+    _, bad = scan_folder(tmp_path, "x")
+    assert bad == [f"a.heic {install}", f"b.jpg {install}", "c.heic (not a picture)"]
+
+
+# Buckets
+
+
+@pytest.mark.parametrize("base", [1024, 768, 512, 256])
+def test_bucket_sizes(base):
+    sizes = bucket_sizes(base, DiTConfig.preset("full"))
+    assert (base, base) in sizes and len(set(sizes)) == len(sizes) >= 3
+    for h, w in sizes:
+        assert (w, h) in sizes and h % 64 == w % 64 == 0
+        assert 0.5 <= w / h <= 2 and 0.8 * base**2 <= h * w <= base**2
+
+
+def test_bucket_sizes_of_known_bases():
+    full, embedded = (DiTConfig.preset(name) for name in ("full", "embedded"))
+    wide = [(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
+    sizes = [*wide, (1024, 1024), *((w, h) for h, w in reversed(wide))]
+    assert bucket_sizes(1024, full) == sizes
+    assert bucket_sizes(128, embedded) == [(128, 128)]  # it learned squares alone
+    assert bucket_sizes(192, embedded) == [(128, 256), (192, 192), (256, 128)]
+    # 128 x 256 px have 8 x 16 tokens, which do not divide into 9 blocks.
+    assert bucket_sizes(192, DiTConfig(bna_blocks=9)) == [(192, 192)]
+    for pixels, size in {
+        (1000, 1000): (1024, 1024),
+        (3024, 4032): (1152, 896),
+        (4032, 3024): (896, 1152),
+        (1920, 1080): (768, 1344),
+        (5000, 100): (704, 1408),
+        (1, 9000): (1408, 704),
+    }.items():
+        assert nearest_size(pixels[0] / pixels[1], sizes) == size
+
+
+def test_pictures_are_measured_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "a.jpg", size=(4032, 3024))
+    picture(tmp_path / "b.jpg", size=(4032, 3024), exif=exif)
+    picture(tmp_path / "c.png", size=(30, 60))
+    aspects = [e.aspect for e in read_folder(tmp_path, "x")]
+    assert aspects == pytest.approx([4 / 3, 3 / 4, 1 / 2], rel=1e-3)
+
+
 # Latents
 
 
@@ -297,9 +428,10 @@ def test_latents_are_encoded_once(tmp_path):
 
     def latents(key="vae", size=(16, 16), caption="x"):
         before, examples = vae.encoded, read_folder(data, caption)
-        out, records = collect(cached_latents(vae.load, key, examples, size, cache))
-        assert out.dtype == np.float32
+        out, records = collect(cached_latents(vae.load, key, examples, [size], cache))
         assert [r["pictures"] for r in records] == [40] * len(records)
+        out = np.stack(out)
+        assert out.dtype == np.float32
         return out, vae.encoded - before
 
     first, encoded = latents()
@@ -334,10 +466,246 @@ def test_an_interrupted_encoding_goes_on(tmp_path):
     for i in range(70):
         picture(tmp_path / "data" / f"{i:02}.png", (i, i, i), (8, 8))
     examples, cache = read_folder(tmp_path / "data", "x"), tmp_path / "cache"
-    records = cached_latents(ToyVAE, "k", examples, (8, 8), cache)
+    records = cached_latents(ToyVAE, "k", examples, [(8, 8)], cache)
     assert next(records) == {"encoded": 32, "pictures": 70}
     records.close()
     vae = ToyVAE()
-    latents, _ = collect(cached_latents(vae.load, "k", examples, (8, 8), cache))
+    latents, _ = collect(cached_latents(vae.load, "k", examples, [(8, 8)], cache))
     assert vae.encoded == 38
-    assert mx.allclose(mx.array(latents[:, 0, 0, 0]), mx.arange(70) / 127.5 - 1, atol=1e-5)
+    np.testing.assert_allclose([a[0, 0, 0] for a in latents], np.arange(70) / 127.5 - 1, atol=1e-5)
+
+
+def test_latents_by_bucket(tmp_path):
+    """Each picture in its own shape, in the order of the pictures, mirrored on demand."""
+    shapes = [(60, 60), (80, 40), (40, 80), (64, 60), (200, 100), (300, 10)]
+    for i, shape in enumerate(shapes * 15):
+        image = Image.new("RGB", shape, (i, i, i))
+        image.paste((i, i, 255), (shape[0] // 2, 0, *shape))
+        image.save(tmp_path / f"{i:02}.png")
+    examples, cache, vae = read_folder(tmp_path, "x"), tmp_path / "cache", ToyVAE()
+    sizes = [(16, 16), (8, 16), (16, 8)]
+
+    def latents(**options):
+        records = cached_latents(vae.load, "k", examples, sizes, cache, **options)
+        out, records = collect(records)
+        return out, [r["encoded"] for r in records]
+
+    out, encoded = latents()
+    by_shape = {(60, 60): (2, 2, 3), (40, 80): (2, 1, 3), (64, 60): (2, 2, 3)}
+    assert [a.shape for a in out] == [by_shape.get(s, (1, 2, 3)) for s in shapes] * 15
+    assert encoded == [30, 62, 75, 90]
+    assert [round((a[0, 0, 0] + 1) * 127.5) for a in out] == list(range(90))
+    mirrored, encoded = latents(mirror=True)
+    assert encoded and vae.encoded == 180
+    for a, b in zip(out, mirrored, strict=True):
+        np.testing.assert_allclose(a[:, ::-1], b, atol=0.02)
+    assert latents()[1] == latents(mirror=True)[1] == [] and vae.encoded == 180
+
+
+# Text states
+
+
+class ToyEncoder:
+    """A text's characters one by one; counts the texts it has encoded."""
+
+    def __init__(self, name="toy", dtype=mx.float32, dim=4):
+        self.name, self.dtype, self.dim, self.encoded = name, dtype, dim, 0
+
+    def encode(self, texts):
+        self.encoded += len(texts)
+        longest = max(1, *map(len, texts))
+        rows = [[*map(ord, text), *[7] * (longest - len(text))] for text in texts]
+        states = mx.array(rows)[..., None] + mx.arange(self.dim)
+        mask = mx.arange(longest) < mx.array([*map(len, texts)])[:, None]
+        return states.astype(self.dtype), mask
+
+
+def same_text(encoder, cached, texts):
+    (states, mask), (expected, valid) = cached.encode(texts), encoder.encode(texts)
+    assert states.dtype == expected.dtype and mask.dtype == mx.bool_
+    assert mx.array_equal(mask, valid) and cached.name == encoder.name
+    return mx.array_equal(states, mx.where(mask[..., None], expected, 0))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_text_states_are_encoded_once(tmp_path, dtype):
+    encoders = [ToyEncoder("one", dtype), ToyEncoder("two", mx.float32, dim=2)]
+    texts = [f"{'very ' * (i % 7)}red {i}" for i in range(300)] + ["", "red 0"]
+
+    def states(texts=texts, key="k"):
+        before = [e.encoded for e in encoders]
+        cached, records = collect(cached_states(encoders, key, texts, tmp_path))
+        (encoded,) = {e.encoded - n for e, n in zip(encoders, before, strict=True)}
+        return cached, encoded, records
+
+    cached, encoded, records = states()
+    assert encoded == 301 and records[-1] == {"encoded": 301, "captions": 301}
+    assert len(records) == len(list(tmp_path.iterdir())) == 2
+    again, encoded, records = states()
+    assert encoded == 0 and records == []
+    for own in (cached, again):
+        for encoder, c in zip(encoders, own, strict=True):
+            assert same_text(encoder, c, ["red 0"]) and same_text(encoder, c, [""])
+            assert same_text(encoder, c, ["very red 295", "", *texts[250:260], "red 0"])
+
+    # What is new is encoded with what shares its file; other encoders read all.
+    assert states([*texts, "blue"])[1] == 46
+    assert states(key="another")[1] == 301
+    # A damaged file is made anew.
+    for damage in (b"", b"\0" * 100, None):
+        for file in tmp_path.iterdir():
+            file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+        cached, encoded, _ = states()
+        assert encoded == 301 and same_text(encoders[0], cached[0], texts[:9])
+
+
+def test_text_states_that_are_gone(tmp_path):
+    (cached,), _ = collect(cached_states([ToyEncoder()], "k", ["a", "b"], tmp_path))
+    (file,) = tmp_path.iterdir()
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-20]), file.unlink):
+        damage()
+        with pytest.raises(SnapGenError, match=r"cannot read .*safetensors; start again"):
+            cached.encode(["a", "b"])
+
+
+def test_only_the_first_process_writes_text_states(tmp_path, monkeypatch):
+    class Second:
+        def rank(self):
+            return 1
+
+    first = ToyEncoder()
+    collect(cached_states([first], "k", [str(i) for i in range(256)], tmp_path))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(mx.distributed, "init", Second)
+    encoder, texts = ToyEncoder(), [str(i) for i in range(300)]
+    (cached,), _ = collect(cached_states([encoder], "k", texts, tmp_path))
+    assert encoder.encoded == 44 and sorted(tmp_path.iterdir()) == before
+    assert same_text(encoder, cached, ["299", "0"])
+    (folder,) = {path.parent for path, _ in cached.places.values()} - {tmp_path}
+    assert folder.is_dir()
+    del cached
+    assert not folder.exists()
+
+
+def test_batches_with_cached_states_are_those_of_the_encoder(tmp_path):
+    """Of the embedded model's encoder, bit by bit; also a caption that it has no word for."""
+    encoder = StaticText.load(embedded_model() / "text_encoder")
+    captions = [["a red cat", "\u4e00"], ["a dog on the grass, flat style"], ["a cat " * 20]]
+    texts = [text for phrasings in captions for text in phrasings]
+    cached, _ = collect(cached_states([encoder], "k", texts, tmp_path))
+    latents = np.random.default_rng(0).standard_normal((3, 2, 2, 4), dtype=np.float32)
+    sets = [LatentDataset(latents, captions, own) for own in ([encoder], cached)]
+    assert sets[0].fingerprint == sets[1].fingerprint
+    for seed in range(5):
+        (x0, text, masks), (x1, text1, masks1) = (
+            data.batch(np.random.default_rng(seed), 6, dropout=0.3) for data in sets
+        )
+        assert mx.array_equal(x0, x1) and mx.array_equal(text["static"], text1["static"])
+        assert mx.array_equal(masks["static"], masks1["static"])
+
+
+# Batches
+
+
+def dataset(shapes, **options) -> LatentDataset:
+    """Latents that say which picture they are of."""
+    latents = [np.full((*shape, 3), i, np.float32) for i, shape in enumerate(shapes)]
+    captions = [["a" * (i + 1), "b" * (i + 1)] for i in range(len(shapes))]
+    return LatentDataset(latents, captions, [ToyEncoder()], **options)
+
+
+def test_one_bucket_takes_no_draw():
+    """Runs of before there were buckets are resumed: their draws and fingerprint, written out."""
+    data = dataset([(2, 2)] * 9)
+    latents = np.stack(data.latents)
+    for seed in range(3):
+        rng = np.random.default_rng([0, seed])
+        rows = rng.integers(9, size=6)
+        prompts = [data.captions[i][rng.integers(2)] for i in rows]
+        kept = rng.random(6) >= 0.2
+        other = np.random.default_rng([0, seed])
+        x0, text, masks = data.batch(other, 6, dropout=0.2)
+        assert np.array_equal(x0, latents[rows]) and text["toy"].shape[1] % 8 == 0
+        lengths = [len(p) * bool(k) for p, k in zip(prompts, kept, strict=True)]
+        assert masks["toy"].sum(axis=1).tolist() == lengths
+        assert rng.random() == other.random()
+    digest = hashlib.sha256(latents.data)
+    digest.update(json.dumps(data.captions).encode())
+    assert data.fingerprint == digest.hexdigest()
+
+
+def test_a_batch_is_of_one_bucket():
+    """Buckets are drawn by their number of pictures, so that all pictures are drawn alike."""
+    shapes = [(2, 4), (2, 2), (2, 4), (4, 2), (2, 4), (2, 4)]
+    data, counts = dataset(shapes), np.zeros(6)
+    rng = np.random.default_rng(0)
+    for _ in range(800):
+        x0, _, masks = data.batch(rng, 4)
+        drawn = np.array(x0[:, 0, 0, 0]).astype(int)
+        assert all(shapes[i] == x0.shape[1:3] for i in drawn)
+        assert masks["toy"].sum(axis=1).tolist() == [i + 1 for i in drawn]
+        counts += np.bincount(drawn, minlength=6)
+    # 800 draws of a bucket with p = 1/6 have a standard deviation of 8 % of their mean.
+    np.testing.assert_allclose(counts / counts.mean(), 1, atol=0.25)
+
+
+def test_mirrored_pictures_are_drawn_as_often():
+    data = dataset([(2, 4), (2, 2)] * 2)
+    plain = data.fingerprint
+    data = dataset([(2, 4), (2, 2)] * 2, mirrored=[-1 - a for a in data.latents])
+    assert data.fingerprint != plain
+    x0 = [data.batch(np.random.default_rng(i), 4)[0] for i in range(500)]
+    values = np.concatenate([np.array(a[:, 0, 0, 0]) for a in x0])
+    assert set(values) == {0, 1, 2, 3, -1, -2, -3, -4}
+    assert abs((values < 0).mean() - 0.5) < 0.05  # five standard deviations
+    again = data.batch(np.random.default_rng(7), 4)[0]
+    assert mx.array_equal(again, x0[7])
+
+
+def test_validation_batches():
+    """Each of one bucket; all pictures once; noise and times as if they were one array."""
+    data = dataset([(2, 4), (2, 2), (2, 4), (2, 2), (2, 4)])
+    batches = list(fixed_batches(data, 2))
+    assert [b[0][:, 0, 0, 0].tolist() for b in batches] == [[0, 2], [4], [1, 3]]
+    assert [b[4]["toy"].sum(axis=1).tolist() for b in batches] == [[1, 3], [5], [2, 4]]
+    times = sorted(t for b in batches for t in b[2].tolist())
+    np.testing.assert_allclose(times, [0.1, 0.3, 0.5, 0.7, 0.9], atol=1e-6)
+    assert all(x0.shape == eps.shape for x0, eps, *_ in batches)
+
+    data = dataset([(2, 2)] * 5)
+    rng = np.random.default_rng(0)
+    eps = rng.standard_normal((5, 2, 2, 3), dtype=np.float32)
+    t = rng.permutation((np.arange(5, dtype=np.float32) + 0.5) / 5)
+    one = [np.concatenate([b[i] for b in fixed_batches(data, 2)]) for i in (1, 2)]
+    assert np.array_equal(one[0], eps) and np.array_equal(one[1], t)
+
+
+# All of it
+
+
+def test_finetuning_on_pictures_of_several_shapes(tmp_path):
+    """From the command on: encoded once, mirrored, and not again when it is resumed."""
+    model = write_tiny_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["sampling"]["size"] = 192
+    (model / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(50, 100), (100, 50), (60, 60)]):
+        image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        (tmp_path / "data").mkdir(exist_ok=True)
+        image.save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text(f"a {['cat', 'dog', 'red'][i]}")
+    folders = [model, tmp_path / "data", "--validation", tmp_path / "data", "-o", tmp_path / "out"]
+    command = ["finetune", *map(str, folders), "--flip", "--batch=2", "--warmup=1"]
+    mx.disable_compile()
+    result = CliRunner().invoke(main, [*command, "--steps=4"])
+    mx.enable_compile()
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    encoded = [line for line in lines if line.startswith("encoded")]
+    assert encoded.count("encoded 3 of 3 pictures") == 2  # as they are, mirrored
+    assert encoded[-1] == "encoded 3 of 3 captions" and "  val tiny " in result.stdout
+    caches = sorted(path.suffix for path in (tmp_path / "out" / "cache").iterdir())
+    assert caches == [".npy"] * 6 + [".safetensors"]
+    result = CliRunner().invoke(main, [*command, "--steps=4"])
+    assert result.exit_code == 0 and "encoded" not in result.stdout, result.output

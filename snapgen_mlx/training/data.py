@@ -1,10 +1,12 @@
-"""Pictures with captions, as latents in memory and captions by step."""
+"""Pictures with captions: latents in memory, text states on disk, a batch for each step."""
 
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -12,12 +14,25 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..config import DiTConfig
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..safetensors_io import TensorInfo, as_array, numpy_kind, read_header, write_tensors
 
-HEIC = (".heic", ".heif")
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC}
+try:
+    import pillow_heif
+except ImportError:
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+PICTURES |= {".heic", ".heif"}
+HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what such a file has after four bytes
+LITTER = {".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini"}
+BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
 ENCODE_BATCH = 32
+TEXTS = 256  # in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
 
 
@@ -26,6 +41,7 @@ class Example:
     file: Path
     captions: list[str]
     digest: str = ""  # SHA-256 of the file
+    aspect: float = 1.0  # width / height, upright
     concept: str = ""  # what it shows
 
 
@@ -35,17 +51,20 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
     An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``, and in
     the former optionally ``captions``, a list of phrasings; ``concept`` names what is shown, else
     the first caption does. Without either file, each picture directly in the folder has its
-    caption in a ``.txt`` of its name. ``caption`` is given to pictures that have none. Every
-    picture is decoded once. Raises SnapGenError for a folder without pictures.
+    caption in a ``.txt`` of its name. ``caption`` is given to pictures that have none. What systems
+    leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every picture is decoded once.
+    Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
     examples, bad = [], []
     try:
         for place, row in _rows(folder):
+            if _is_litter(row):
+                continue
             try:
                 example = _example(folder, row, caption)
                 place = row["file_name"]
-                example.digest = _check(example.file)
+                example.digest, example.aspect = _check(example.file)
                 examples.append(example)
             except Exception as e:  # decoders raise almost anything on damaged files
                 bad.append(f"{place} ({_reason(e)})")
@@ -98,6 +117,13 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict | None]]:
                 yield file.name, {"file_name": file.name, "text": " ".join(text.split())}
 
 
+def _is_litter(row) -> bool:
+    """Whether the row names what systems leave in folders, which lists made by scripts hold."""
+    name = row.get("file_name") if isinstance(row, dict) else None
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    return any(part in LITTER or part.startswith("._") for part in parts)
+
+
 def _example(folder: Path, row, caption: str | None) -> Example:
     """Raises ValueError for a row that is no example."""
     name = row.get("file_name") if isinstance(row, dict) else None
@@ -115,18 +141,24 @@ def _example(folder: Path, row, caption: str | None) -> Example:
 
 
 def _is_text(caption) -> bool:
-    return isinstance(caption, str) and bool(caption.strip())
+    # Half a surrogate pair, which JSON can hold and no tokenizer reads, raises a ValueError.
+    return isinstance(caption, str) and bool(caption.strip().encode())
 
 
-def _check(path: Path) -> str:
-    """SHA-256 of a picture's file, once it has been decoded."""
-    if path.suffix.lower() in HEIC:
-        raise ValueError("HEIC is not read; save it as JPEG")
+def _check(path: Path) -> tuple[str, float]:
+    """SHA-256 and aspect of a picture's file, once it has been decoded."""
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (64, 64))  # a JPEG is decoded at a smaller scale: faster
-        to_rgb(image)
-    return hashlib.sha256(data).hexdigest()
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if pillow_heif is None and data[4:].startswith(HEIC):
+            raise ValueError("HEIC, read after: pip install 'snapgen-mlx[heic]'") from None
+        raise
+    with image:
+        if image.format != "HEIF":  # which would give its thumbnail
+            image.draft("RGB", (64, 64))  # a JPEG is decoded at a smaller scale: faster
+        width, height = to_rgb(image).size
+    return hashlib.sha256(data).hexdigest(), width / height
 
 
 def _reason(e: Exception) -> str:
@@ -152,55 +184,171 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path, size: tuple[int, int]) -> np.ndarray:
+def load_image(path, size: tuple[int, int], mirror: bool = False) -> np.ndarray:
     """RGB float32 (H, W, 3) in [-1, 1], scaled to cover ``size`` (H, W) and cut at the centre."""
     try:
         with Image.open(path) as image:
             image = to_rgb(image)
             if image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1])
+            if mirror:
+                image = ImageOps.mirror(image)
             return np.asarray(image, dtype=np.float32) / 127.5 - 1
     except Exception as e:  # decoders raise almost anything on damaged files
         raise SnapGenError(f"cannot read the picture {path}: {_reason(e)}") from e
 
 
+def bucket_sizes(base: int, config: DiTConfig) -> list[tuple[int, int]]:
+    """Sizes (H, W) in pixels that pictures are fitted to: aspects 1:2 to 2:1, area about base².
+
+    None is larger than the square. Sides are multiples of what the model takes, 64 px for the
+    known geometries; where the base is small, the square alone remains.
+    """
+    side = 8 * config.token_multiple
+    sizes = {(base, base)}
+    for short in range(side, base, side):
+        long = min(base**2 // short, 2 * short) // side * side
+        tokens = short * long // (8 * config.patch_size) ** 2
+        if short * long >= BUCKET_AREA * base**2 and tokens % config.bna_blocks == 0:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes)
+
+
+def nearest_size(aspect: float, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The one of ``sizes`` (H, W) whose aspect is nearest."""
+    return min(sizes, key=lambda size: abs(math.log(aspect * size[0] / size[1])))
+
+
 def encode_images(
-    vae, files: list[Path], size: tuple[int, int], batch: int = ENCODE_BATCH
+    vae,
+    files: list[Path],
+    size: tuple[int, int],
+    batch: int = ENCODE_BATCH,
+    mirror: bool = False,
 ) -> np.ndarray:
     """Normalised latents (N, H/8, W/8, C) float32 of the pictures."""
     out = []
     for i in range(0, len(files), batch):
-        images = np.stack([load_image(f, size) for f in files[i : i + batch]])
+        images = np.stack([load_image(f, size, mirror) for f in files[i : i + batch]])
         out.append(np.array(vae.encode(mx.array(images)).astype(mx.float32)))
     return np.concatenate(out)
 
 
 def cached_latents(
-    load_vae: Callable, key: str, examples: list[Example], size: tuple[int, int], cache: Path
+    load_vae: Callable,
+    key: str,
+    examples: list[Example],
+    sizes: list[tuple[int, int]],
+    cache: Path,
+    mirror: bool = False,
 ) -> Iterator[dict]:
     """Latents of ``examples`` from the folder ``cache``, or encoded and, by process 0, kept there.
 
-    A file holds the latents of a batch; its name follows from the pictures' contents, ``size``
-    and ``key``, which stands for the encoder's weights. Neither the time of files nor their names
-    count. Yields a record after each batch encoded; the generator's value is what
-    ``encode_images`` gives.
+    Each picture has the one of ``sizes`` that is nearest to its aspect. A file holds the latents
+    of a batch; its name follows from the pictures' contents, their size and ``key``, which stands
+    for the encoder's weights. Neither the time of files nor their names count. Yields a record
+    after each batch encoded; the generator's value is a list of arrays (H/8, W/8, C).
     """
-    out = []
+    buckets = {}
+    for i, example in enumerate(examples):
+        buckets.setdefault(nearest_size(example.aspect, sizes), []).append(i)
+    out, done = [None] * len(examples), 0
     writes = mx.distributed.init().rank() == 0
-    for i in range(0, len(examples), ENCODE_BATCH):
-        chunk = examples[i : i + ENCODE_BATCH]
-        name = json.dumps([LOADING, key, size, [e.digest for e in chunk]])
-        path = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npy"
+    for size, rows in buckets.items():
+        for start in range(0, len(rows), ENCODE_BATCH):
+            batch = rows[start : start + ENCODE_BATCH]
+            done += len(batch)
+            chunk = [examples[i] for i in batch]
+            name = [LOADING, key, size, [e.digest for e in chunk], *(["mirror"] if mirror else [])]
+            path = cache / f"{_digest(name)}.npy"
+            try:
+                latents = np.load(path)
+            except (OSError, ValueError, EOFError):  # absent or damaged
+                latents = encode_images(load_vae(), [e.file for e in chunk], size, mirror=mirror)
+                if writes:
+                    with atomic_write(path) as tmp:
+                        np.save(tmp, latents)
+                yield {"encoded": done, "pictures": len(examples)}
+            for i, a in zip(batch, latents, strict=True):
+                out[i] = a
+    return out
+
+
+def cached_states(encoders: list, key: str, texts: Iterable[str], cache: Path) -> Iterator[dict]:
+    """States of ``texts`` by each of ``encoders``, in the folder ``cache`` as ``cached_latents``.
+
+    ``key`` stands for the encoders' weights and vocabularies. Yields a record after each file
+    encoded; the generator's value is a ``CachedText`` for each of ``encoders``, which may go.
+    """
+    texts = list(dict.fromkeys(texts))
+    places, temporary = {encoder.name: {} for encoder in encoders}, None
+    for start in range(0, len(texts), TEXTS):
+        chunk = texts[start : start + TEXTS]
+        path = cache / f"{_digest([key, chunk])}.safetensors"
         try:
-            latents = np.load(path)
-        except (OSError, ValueError, EOFError):  # absent or damaged
-            latents = encode_images(load_vae(), [e.file for e in chunk], size)
-            if writes:
-                with atomic_write(path) as tmp:
-                    np.save(tmp, latents)
-            yield {"encoded": i + len(chunk), "pictures": len(examples)}
-        out.append(latents)
-    return np.concatenate(out)
+            infos = read_header(path)
+        except SnapGenError:  # absent or damaged
+            if mx.distributed.init().rank():  # process 0 alone writes there
+                temporary = temporary or tempfile.TemporaryDirectory(prefix="snapgen-mlx-")
+                path = Path(temporary.name) / path.name
+            states = unpadded_states(encoders, chunk)
+            shapes = {k: (a.dtype, tuple(a.shape)) for k, a in states.items()}
+            with atomic_write(path) as tmp:
+                write_tensors(tmp, shapes, states.items())
+            infos = read_header(path)
+            yield {"encoded": start + len(chunk), "captions": len(texts)}
+        for i, text in enumerate(chunk):
+            for name in places:
+                places[name][text] = path, infos[f"{name}/{i}"]
+    return [CachedText(name, found, temporary) for name, found in places.items()]
+
+
+def unpadded_states(encoders: list, texts: list[str]) -> dict[str, mx.array]:
+    """{"ENCODER/INDEX": states (L, dim)} of each text without its padding."""
+    out = {}
+    for start in range(0, len(texts), ENCODE_BATCH):
+        for encoder in encoders:
+            states, mask = encoder.encode(texts[start : start + ENCODE_BATCH])
+            mx.eval(states, mask)
+            for i, (row, length) in enumerate(zip(states, mask.sum(axis=1).tolist(), strict=True)):
+                out[f"{encoder.name}/{start + i}"] = row[:length]
+    return out
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+class CachedText:
+    """Stands in for a text encoder with its states in files, of which only those needed are read.
+
+    places: {text: (file, its tensor)}; temporary: a folder of such files that goes with this.
+    """
+
+    def __init__(self, name: str, places: dict[str, tuple[Path, TensorInfo]], temporary=None):
+        self.name, self.places, self._temporary = name, places, temporary
+
+    def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
+        """States (B, L, dim) and mask (B, L) as the encoder gave them, padded with zeros.
+
+        Raises SnapGenError for a file that is gone.
+        """
+        places = [self.places[text] for text in texts]
+        _, (dtype, (_, dim), *_) = places[0]
+        lengths = np.array([info.shape[0] for _, info in places])
+        states = np.zeros((len(texts), max(1, *lengths), dim), numpy_kind(dtype))
+        for row, length, place in zip(states, lengths, places, strict=True):
+            row[:length] = _read(*place)
+        mask = np.arange(states.shape[1]) < lengths[:, None]
+        return as_array(states, dtype), mx.array(mask)
+
+
+def _read(path: Path, info: TensorInfo) -> np.ndarray:
+    kind, count = numpy_kind(info.dtype), math.prod(info.shape)
+    try:
+        return np.fromfile(path, kind, count, offset=info.start).reshape(info.shape)
+    except (OSError, ValueError) as e:  # gone or cut short
+        raise SnapGenError(f"cannot read {path}; start again, and it is made anew") from e
 
 
 def encode_text(encoders: list, prompts: list[str]) -> tuple[dict, dict]:
@@ -215,15 +363,27 @@ def encode_text(encoders: list, prompts: list[str]) -> tuple[dict, dict]:
 
 
 class LatentDataset:
-    """Latents (N, h, w, C) with captions; a batch depends on (seed, step) alone."""
+    """Latents with captions; a batch is of one bucket and depends on (seed, step) alone.
 
-    def __init__(self, latents: np.ndarray, captions: list[list[str]], encoders: list):
+    latents: N arrays (h, w, C), whose shapes make the buckets; captions: the phrasings of each;
+    mirrored: the latents of the mirrored pictures, where these are drawn as often.
+    """
+
+    def __init__(self, latents, captions: list[list[str]], encoders: list, mirrored=None):
         self.latents, self.captions, self.encoders = latents, captions, encoders
+        self.mirrored = mirrored
+        buckets = {}
+        for i, a in enumerate(latents):
+            buckets.setdefault(a.shape, []).append(i)
+        self.buckets = [np.array(rows) for rows in buckets.values()]
 
     @property
     def fingerprint(self) -> str:
         """Digest of latents and captions, to refuse resuming on other data."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.latents).data)
+        digest = hashlib.sha256()
+        for latents in (self.latents, self.mirrored):
+            for a in () if latents is None else latents:
+                digest.update(np.ascontiguousarray(a).data)
         digest.update(json.dumps(self.captions).encode())
         return digest.hexdigest()
 
@@ -232,11 +392,20 @@ class LatentDataset:
         return encode_text(self.encoders, prompts)
 
     def batch(self, rng: np.random.Generator, size: int, dropout: float = 0.0):
-        """-> x0 (B, h, w, C), text, masks; each encoder is dropped with probability ``dropout``."""
-        rows = rng.integers(len(self.latents), size=size)
+        """-> x0 (B, h, w, C), text, masks; each encoder is dropped with probability ``dropout``.
+
+        The bucket is drawn by its number of pictures.
+        """
+        rows = self.buckets[0]
+        if len(self.buckets) > 1:
+            counts = np.array([len(rows) for rows in self.buckets])
+            rows = self.buckets[rng.choice(len(counts), p=counts / counts.sum())]
+        rows = rows[rng.integers(len(rows), size=size)]
         prompts = [self.captions[i][rng.integers(len(self.captions[i]))] for i in rows]
         text, masks = self.text(prompts)
         for encoder in self.encoders:
             name = encoder.name
             masks[name] = masks[name] & mx.array(rng.random(size) >= dropout)[:, None]
-        return mx.array(self.latents[rows]), text, masks
+        turned = np.zeros(size) if self.mirrored is None else rng.integers(2, size=size)
+        x0 = [(self.mirrored if m else self.latents)[i] for i, m in zip(rows, turned, strict=True)]
+        return mx.array(np.stack(x0)), text, masks

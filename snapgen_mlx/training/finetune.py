@@ -22,7 +22,7 @@ from ..weights import (
     write_json,
 )
 from .checkpoint import file_sha256
-from .data import Example, LatentDataset, cached_latents
+from .data import Example, LatentDataset, bucket_sizes, cached_latents, cached_states
 from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
 from .loop import RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
@@ -37,16 +37,17 @@ def finetune(
     options: RunOptions,
     elastic: ElasticOptions,
     validation: list[Example] | None = None,
+    flip: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
-    Before them come records of pictures encoded (``data.cached_latents``), after them
-    ``weight_change``. Writes the averaged weights to ``output``, unless ``stop`` ended the run: a
-    LoRA as ``lora.safetensors``, all weights as a model in floats with everything else of
-    ``model`` beside them. The run's state lies in ``output/run`` and is resumed from there,
-    latents in ``output/cache``. Raises SnapGenError for bad folders, and when training changed
-    nothing.
+    Before them come records of pictures and captions encoded (``encode_data``), after them
+    ``weight_change``. ``flip``: pictures are mirrored in half of their draws. Writes the averaged
+    weights to ``output``, unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all
+    weights as a model in floats with everything else of ``model`` beside them. The run's state
+    lies in ``output/run`` and is resumed from there, latents and text states in ``output/cache``.
+    Raises SnapGenError for bad folders, and when training changed nothing.
     """
     model, output = Path(model), Path(output)
     if output.resolve().is_relative_to(model.resolve()):
@@ -54,19 +55,8 @@ def finetune(
     if (output / "config.json").exists() and not (output / "run").is_dir():
         raise UsageError(f"{output} holds another model; choose another folder")
     trainer = make_trainer(model, elastic, options.seed)
-    size = load_config(model).get("sampling", {}).get("size", 1024)
-
-    encoders = load_text_encoders(model)
-    if not encoders:
-        raise SnapGenError(f"{model} has no text encoder, so captions could not be learned")
-    vae, key = functools.cache(functools.partial(load_vae, model)), _fingerprint(model / "vae")
-    sets = []
-    for part in (examples, validation):
-        if part:
-            latents = yield from cached_latents(vae, key, part, (size, size), output / "cache")
-            sets.append(LatentDataset(latents, [e.captions for e in part], encoders))
-    del vae  # frees it before the training
-
+    parts = [part for part in (examples, validation) if part]
+    sets = yield from encode_data(model, parts, output / "cache", flip)
     for record in train(trainer, sets[0], output / "run", options, *sets[1:], stop=stop):
         yield record
     if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
@@ -85,6 +75,42 @@ def finetune(
         save_lora(output / LORA, weights)
     else:
         _write_model(model, output, trainer.config, weights)
+
+
+def encode_data(
+    model: Path, parts: list[list[Example]], cache: Path, flip: bool = False, prompts=()
+) -> Iterator[dict]:
+    """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
+
+    Each holds the text states of all captions and of ``prompts``; the first alone is flipped.
+    Yields a record after each batch encoded. The encoders are freed one after the other. Raises
+    SnapGenError for a model without text encoder.
+    """
+    text_encoders = load_text_encoders(model)
+    if not text_encoders:
+        raise SnapGenError(f"{model} has no text encoder, so captions could not be learned")
+    size = load_config(model).get("sampling", {}).get("size", 1024)
+    sizes = bucket_sizes(size, DiTConfig.from_dict(load_config(model / "transformer")))
+    vae, key = functools.cache(functools.partial(load_vae, model)), _fingerprint(model / "vae")
+    latents, mirrored = [], [None] * len(parts)
+    for part in parts:
+        latents.append((yield from cached_latents(vae, key, part, sizes, cache)))
+    if flip:
+        mirrored[0] = yield from cached_latents(vae, key, parts[0], sizes, cache, mirror=True)
+    del vae
+    mx.clear_cache()
+
+    folders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    key = _fingerprint(*(model / name for name in folders))
+    texts = [text for part in parts for e in part for text in e.captions]
+    encoders = yield from cached_states(text_encoders, key, [*texts, *prompts], cache)
+    del text_encoders
+    mx.clear_cache()
+    captions = [[e.captions for e in part] for part in parts]
+    return [
+        LatentDataset(x0, texts, encoders, turned)
+        for x0, texts, turned in zip(latents, captions, mirrored, strict=True)
+    ]
 
 
 def make_trainer(model: Path, options: ElasticOptions, seed: int) -> ElasticTrainer:
@@ -127,9 +153,11 @@ def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[st
     return change
 
 
-def _fingerprint(folder: Path) -> str:
-    """Digest of the contents of all JSON and weight files in a folder."""
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
+def _fingerprint(*folders: Path) -> str:
+    """Digest of the contents of all files of a model in some folders."""
+    kinds = (".json", ".safetensors", ".txt", ".model")  # the last two are vocabularies
+    files = [path for folder in folders for path in sorted(folder.glob("*"))]
+    files = [path for path in files if path.suffix in kinds]
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 

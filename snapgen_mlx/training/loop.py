@@ -184,12 +184,14 @@ def _append_log(path: Path, record: dict) -> None:
 
 
 def fixed_batches(data: LatentDataset, size: int):
-    """All of ``data`` in order, one caption each, with noise and timesteps that never change."""
+    """All of ``data`` by bucket, one caption each, with noise and timesteps that never change."""
     n = len(data.latents)
     rng = np.random.default_rng(0)
-    eps = rng.standard_normal(data.latents.shape, dtype=np.float32)
+    eps = [rng.standard_normal(a.shape, dtype=np.float32) for a in data.latents]
     t = rng.permutation((np.arange(n, dtype=np.float32) + 0.5) / n)
-    for i in range(0, n, size):
-        rows = slice(i, i + size)
-        text, masks = data.text([captions[0] for captions in data.captions[rows]])
-        yield mx.array(data.latents[rows]), mx.array(eps[rows]), mx.array(t[rows]), text, masks
+    for bucket in data.buckets:
+        for i in range(0, len(bucket), size):
+            rows = bucket[i : i + size]
+            x0, noise = (mx.array(np.stack([a[j] for j in rows])) for a in (data.latents, eps))
+            text, masks = data.text([data.captions[j][0] for j in rows])
+            yield x0, noise, mx.array(t[rows]), text, masks
