@@ -1,0 +1,193 @@
+"""Learning from a frozen teacher: knowledge distillation [paper Eqs. 6-8] (training section 3).
+
+L_KD = S(L_diff, L_out) + L_feat: the flow-matching loss and the distance to the teacher's velocity,
+joined by timestep-aware scaling S [after SnapGen; ours], and the distance to the teacher's final
+tokens, which a Linear per width, phi, maps the student's to.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..config import DiTConfig
+from ..lora import LoRALinear, Update
+from ..models.dit import DiT
+from ..sampling import guide
+from .data import LatentDataset, encode_text
+from .elastic import ElasticOptions, ElasticTrainer
+
+# Of the states of a teacher's own text encoders, among those of the student's.
+TEACHER = "teacher/"
+PROJECTOR = "projector"
+
+
+class Teacher:
+    """A frozen SnapGen++ model of one width.
+
+    Any model with these methods can teach: its velocities are of the student's latents, its
+    features tokens of any grid and size, and ``encoders`` the text encoders that it needs beside
+    the student's. Args: few_step, the updates of a LoRA that makes it a 4-step model; own_text,
+    its text encoders when it does not read the student's.
+    """
+
+    def __init__(self, model: DiT, few_step: dict[str, Update] | None = None, own_text=()):
+        self.encoders = list(own_text)
+        self._models = {False: model, True: few_step and with_lora(model, few_step)}
+        self.features = model.config.hidden_size
+
+    @property
+    def is_few_step(self) -> bool:
+        return bool(self._models[True])
+
+    def velocity(self, x_t, t, text, masks, guidance: float = 1.0) -> mx.array:
+        """Velocity (B, H, W, C) float32 at x_t, t (B,); guided against the empty text."""
+        model, (text, masks) = self._models[False], self._text(text, masks)
+        if guidance == 1:
+            return model(x_t, t, text, masks).astype(mx.float32)
+        B = len(x_t)
+        condition = model.condition_text(text, masks, B).join(model.condition_text({}, {}, B))
+        time = model.condition_time(mx.concatenate([t, t]))
+        v = model.denoise(mx.concatenate([x_t, x_t]), time, condition).astype(mx.float32)
+        return guide(v[:B], v[B:], guidance)
+
+    def outputs(self, x_t, t, text, masks, few_step: bool = False) -> tuple[mx.array, mx.array]:
+        """Unguided velocity (B, H, W, C) and final tokens (B, h, w, d), of the 4-step model when
+        ``few_step``; tokens are standardised, both float32."""
+        model = self._models[few_step]
+        v, tokens = velocity_and_tokens(model, x_t, t, *self._text(text, masks))
+        return v, mx.fast.layer_norm(tokens, None, None, 1e-6)
+
+    def _text(self, text: dict, masks: dict) -> tuple[dict, dict]:
+        """What it reads: its own states, but for samples whose text the student is not given."""
+        if not self.encoders:
+            return text, masks
+        given = [mask for name, mask in masks.items() if not name.startswith(TEACHER)]
+        given = mx.any(mx.concatenate(given, axis=1), axis=1, keepdims=True)
+        names = [encoder.name for encoder in self.encoders]
+        return (
+            {name: text[TEACHER + name] for name in names},
+            {name: masks[TEACHER + name] & given for name in names},
+        )
+
+
+def with_lora(model: DiT, updates: dict[str, Update]) -> DiT:
+    """A model that shares all weights with ``model``, which stays as it is, and has the updates
+    beside its layers."""
+    model = copy.deepcopy(model)  # arrays are not copied
+    modules = dict(model.named_modules())
+    dtype = model.text_embed.null.dtype
+    new = [
+        (path, LoRALinear(modules[path], Update(*(m.astype(dtype) for m in update))))
+        for path, update in updates.items()
+    ]
+    model.update_modules(tree_unflatten(new))
+    return model
+
+
+def velocity_and_tokens(model: DiT, x_t, t, text, masks) -> tuple[mx.array, mx.array]:
+    """A model's velocity (B, H, W, C) and its final layer's tokens (B, h, w, d), float32."""
+    time = model.condition_time(t)
+    tokens = model.features(x_t, time, model.condition_text(text, masks, len(x_t)))
+    return model.head(tokens, time).astype(mx.float32), tokens.astype(mx.float32)
+
+
+class TaughtDataset(LatentDataset):
+    """Gives captions also as a teacher's own text encoders read them, never dropped."""
+
+    def __init__(self, latents, captions, encoders: list, teacher):
+        super().__init__(latents, captions, encoders)
+        self.teacher = teacher
+
+    def text(self, prompts: list[str]) -> tuple[dict, dict]:
+        own, theirs = super().text(prompts), encode_text(self.teacher.encoders, prompts)
+        named = ({TEACHER + k: a for k, a in d.items()} for d in theirs)
+        return tuple(a | b for a, b in zip(own, named, strict=True))
+
+
+def alpha(t: mx.array) -> mx.array:
+    """rho(t) / rho(1/2) of the logit-normal density rho: 1 in the middle, 0 at both ends."""
+    return mx.exp(-0.5 * mx.log(t / (1 - t)).square()) / (4 * t * (1 - t))
+
+
+def timestep_aware(flow: mx.array, out: mx.array, t: mx.array) -> mx.array:
+    """S of the losses (B,) at t (B,): the flow loss where training draws most timesteps, elsewhere
+    the teacher's, brought to the flow loss's size."""
+    weight = alpha(t)
+    ratio = mx.stop_gradient(flow / mx.maximum(out, 1e-6))
+    return weight * flow + (1 - weight) * ratio * out
+
+
+def feature_loss(tokens: mx.array, phi: dict[str, mx.array], target: mx.array) -> mx.array:
+    """|f_teacher - phi(f_student)|² per sample (B,), on the teacher's grid.
+
+    Args: tokens (B, h, w, d); phi, the Linear's weight (d', d) and bias; target (B, h', w', d').
+    """
+    (h, w), grid = tokens.shape[1:3], target.shape[1:3]
+    if (h, w) != grid:
+        tokens = nn.Upsample((grid[0] / h, grid[1] / w), mode="linear")(tokens)
+    error = tokens @ phi["weight"].T + phi["bias"] - target
+    return error.square().mean(axis=(1, 2, 3))
+
+
+def projector(inputs: int, outputs: int, key: mx.array) -> dict[str, mx.array]:
+    """Weight and bias of a fresh phi."""
+    bound = inputs**-0.5
+    weight = mx.random.uniform(-bound, bound, (outputs, inputs), key=key)
+    return {"weight": weight, "bias": mx.zeros(outputs)}
+
+
+def without_projectors(params: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {k: a for k, a in params.items() if not k.startswith(f"{PROJECTOR}.")}
+
+
+def projector_of(params: dict[str, mx.array]) -> dict[str, mx.array]:
+    """phi of one width's flat parameters."""
+    return {name: params[f"{PROJECTOR}.0.{name}"] for name in ("weight", "bias")}
+
+
+@dataclass
+class KDOptions(ElasticOptions):
+    # Eq. 5 is off: the teacher's velocity, for the same input and from a better model, takes the
+    # place of the full width's.
+    distill: float = 0.0
+
+
+class KDTrainer(ElasticTrainer):
+    """Trains every width with L_KD; the phi of each stands in a bank beside its parameters."""
+
+    def __init__(
+        self, config: DiTConfig, params: dict, options: KDOptions, models=None, base="", *, teacher
+    ):
+        keys = mx.random.split(mx.random.key(0), len(config.widths))
+        for i, key in enumerate(keys):
+            phi = projector(int(config.hidden_size * config.widths[i]), teacher.features, key)
+            params = params | {f"{PROJECTOR}.{i}.{name}": a for name, a in phi.items()}
+        super().__init__(config, params, options, models, base)
+        self._outputs = mx.compile(partial(_outputs, teacher))
+
+    def guides(self, x_t, t, text, masks) -> dict[str, mx.array]:
+        guide = self._outputs(x_t, t, text, masks)
+        mx.eval(guide)  # frees the teacher's activations
+        return guide
+
+    def objective(self, index, own, batch, target, guide):
+        v, tokens = velocity_and_tokens(self._bind(index, own), *batch)
+        flow = (v - target).square().mean(axis=(1, 2, 3))
+        out = (v - guide["v_teacher"]).square().mean(axis=(1, 2, 3))
+        features = feature_loss(tokens, projector_of(own), guide["f_teacher"]).mean()
+        loss = timestep_aware(flow, out, batch[1]).mean() + features
+        if "v_full" in guide:
+            loss = loss + self.options.distill * (v - guide["v_full"]).square().mean()
+        return loss, {"loss": flow.mean(), "out": out.mean(), "features": features}, v
+
+    def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
+        return super()._bind(index, without_projectors(own))
+
+
+def _outputs(teacher, x_t, t, text, masks) -> dict[str, mx.array]:
+    v, features = teacher.outputs(x_t, t, text, masks)
+    return {"v_teacher": v, "f_teacher": features}

@@ -1,0 +1,373 @@
+"""Four steps without guidance: K-DMD [paper 3.3, Eqs. 9-10, supplement H] (training section 4).
+
+One frozen base of one width carries two LoRAs. The student's draws in four steps. The critic's
+learns the velocity of what the student draws; where it and the guided teacher disagree is how the
+student should change (DMD). A 4-step teacher's velocities and tokens hold the student on course.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+from PIL import Image
+
+from ..errors import SnapGenError
+from ..files import atomic_write
+from ..models.dit import DiT
+from ..sampling import schedule
+from ..weights import compute_dtype
+from .distill import (
+    PROJECTOR,
+    feature_loss,
+    projector,
+    projector_of,
+    velocity_and_tokens,
+    without_projectors,
+)
+from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise
+from .lora import lora_params
+
+SIGMAS = schedule(4)
+SHIFT = 3.0
+TAU_RANGE = (0.02, 0.98)
+BINS = 4  # of tau, in which the critic's loss is reported
+
+
+@dataclass
+class KDMDOptions(AdamOptions):
+    betas: tuple[float, float] = (0.0, 0.99)
+    warmup: int = 20
+    final_rate: float = 1.0
+    ema: float = 0.99
+    average_from: int = 200  # the step from which the student's mean is kept
+    rank: int = 64
+    loss: str = "kdmd"  # or "dmd", or "kd" (the 4-step teacher alone)
+    critic_steps: int = 5  # steps of the critic to one of the student
+    guidance: float = 4.0  # of the teacher
+    noised_real: bool = False  # x_t from real latents, not from the student's own steps
+
+
+def sample_taus(key: mx.array, batch: int) -> mx.array:
+    """tau (B,): uniform, shifted as the sampler's sigmas are, within TAU_RANGE."""
+    u = mx.random.uniform(shape=(batch,), key=key)
+    return mx.clip(SHIFT * u / (1 + (SHIFT - 1) * u), *TAU_RANGE)
+
+
+def per_sample(error: mx.array) -> mx.array:
+    """Mean of (B, H, W, C) over all but the batch."""
+    return error.mean(axis=(1, 2, 3))
+
+
+def dmd_loss(x0: mx.array, c0: mx.array, r0: mx.array) -> tuple[mx.array, mx.array]:
+    """Distribution matching (Eq. 9) and w (B,): its gradient by x0 is w·(c0 - r0) / x0.size.
+
+    Args: x0, the student's prediction; c0, r0, what critic and teacher predict from its noised
+        copy; all (B, H, W, C).
+    """
+    w = 1 / (per_sample(mx.abs(mx.stop_gradient(x0) - r0)) + 1e-6)
+    target = mx.stop_gradient(x0 - w[:, None, None, None] * (c0 - r0))
+    return 0.5 * (x0 - target).square().mean(), w
+
+
+class LoRAWeights(Averaged):
+    """LoRA matrices with Adam, whose zero first moment needs its bias corrected, and a running
+    mean from the update ``start`` on."""
+
+    def __init__(self, params: dict[str, mx.array], options: AdamOptions, start: int = 0):
+        self.start = start
+        super().__init__(params, options)
+        self.optimizer.bias_correction = True
+
+    def _average_fn(self, mean, params, step):
+        d = mx.where(step <= self.start, 0.0, self.options.ema)
+        return {k: params[k] + d * (a - params[k]) for k, a in mean.items()}
+
+
+class KDMDTrainer:
+    """Trains the LoRAs of student and critic beside ``model``, one width with LoRA layers.
+
+    Args: teacher, a ``distill.Teacher`` or another with its methods; fingerprints, what a saved
+        state belongs to, by "base" and "teacher"; watch, called by ``validate``.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        teacher,
+        options: KDMDOptions,
+        seed: int = 0,
+        fingerprints: dict | None = None,
+        watch=None,
+    ):
+        o = self.options = options
+        self.model, self.teacher, self.watch = model, teacher, watch
+        self.fingerprints = fingerprints or {}
+        params = lora_params(model.config, o.rank, seed)
+        if o.loss != "dmd":
+            phi = projector(model.config.hidden_size, teacher.features, mx.random.key(seed))
+            params |= {f"{PROJECTOR}.0.{name}": a for name, a in phi.items()}
+        turns = 1 if o.loss == "kd" else o.critic_steps
+        own = replace(o, steps=o.steps // turns, warmup=o.warmup // turns)
+        self.turns = turns
+        self.student = LoRAWeights(params, own, o.average_from // turns)
+        self.critic = None
+        if o.loss != "kd":
+            self.critic = LoRAWeights(lora_params(model.config, o.rank, seed), replace(o, ema=0))
+        self.steps = mx.array(0)
+        if o.checkpoint:
+            for block in (*model.down, *model.mid, *model.up):
+                block.__class__ = CheckpointedBlock
+        # A compiled graph runs in its own order, which forgoes what checkpointing saves.
+        compiled = (lambda f: f) if o.checkpoint else mx.compile
+        self._jump = mx.compile(self._jump_fn)
+        self._student_grads = compiled(self._student_grads_fn)
+        self._critic_grads = compiled(self._critic_grads_fn)
+
+    def bind(self, params: dict[str, mx.array]) -> DiT:
+        """The model with these LoRA matrices."""
+        own = [(k, a.astype(compute_dtype())) for k, a in without_projectors(params).items()]
+        self.model.update(tree_unflatten(own))
+        return self.model
+
+    def _jump_fn(self, params, x, t, to, text, masks):
+        """One Euler step from t (B,) to ``to`` (B,)."""
+        v = self.bind(params)(x, t, text, masks).astype(mx.float32)
+        return x + (to - t)[:, None, None, None] * v
+
+    def _student_grads_fn(self, student, critic, x_t, t, noise, text, masks):
+        """Losses, monitors, the x0 predicted (B, H, W, C), and gradients."""
+        o, shape = self.options, (-1, 1, 1, 1)
+
+        def loss(own):
+            v, tokens = velocity_and_tokens(self.bind(own), x_t, t, text, masks)
+            x0 = x_t - t.reshape(shape) * v
+            y = mx.stop_gradient(x0)
+            metrics = {"x0 mean": y.mean(), "x0 std": mx.std(y)}
+            if o.loss != "kd":
+                tau = noise["tau"]
+                x_tau, _ = add_noise(y, noise["eps"], tau)
+                velocities = (
+                    self.bind(critic)(x_tau, tau, text, masks).astype(mx.float32),
+                    self.teacher.velocity(x_tau, tau, text, masks, o.guidance),
+                )
+                c0, r0 = (x_tau - tau.reshape(shape) * v for v in velocities)
+                metrics["loss/dmd"], w = dmd_loss(x0, c0, r0)
+                metrics |= {"gap": mx.abs(c0 - r0).mean(), "w": w.mean()}
+            if o.loss != "dmd":
+                theirs, target = self.teacher.outputs(x_t, t, text, masks, few_step=True)
+                metrics["loss/out"] = (v - theirs).square().mean()
+                features = feature_loss(tokens, projector_of(own), target)
+                metrics["loss/features"] = features.mean()
+            return sum(a for k, a in metrics.items() if k.startswith("loss/")), metrics, y
+
+        (_, metrics, y), grads = mx.value_and_grad(loss)(student)
+        return metrics, y, grads
+
+    def _critic_grads_fn(self, critic, y, eps, tau, text, masks):
+        """Losses (B,) and gradients of flow matching on what the student draws."""
+        x_tau, target = add_noise(y, eps, tau)
+
+        def loss(own):
+            v = self.bind(own)(x_tau, tau, text, masks).astype(mx.float32)
+            losses = per_sample((v - target).square())
+            return losses.mean(), losses
+
+        (_, losses), grads = mx.value_and_grad(loss)(critic)
+        return losses, grads
+
+    def draw(self, rng, key: mx.array, shape: tuple) -> tuple[dict[str, mx.array], int]:
+        """A step's noise for a batch of latents of ``shape``, and k, how many of the four steps
+        are behind x_t."""
+        keys, noise = mx.random.split(key, 5), {}
+        noise["x"] = mx.random.normal(shape, key=keys[0])
+        for i, part in enumerate(("critic", "student")):
+            noise[f"eps/{part}"] = mx.random.normal(shape, key=keys[2 * i + 1])
+            noise[f"tau/{part}"] = sample_taus(keys[2 * i + 2], shape[0])
+        return noise, int(rng.integers(len(SIGMAS) - 1))
+
+    def step(self, x0, text, masks, noise: dict, k: int) -> dict[str, mx.array]:
+        """One update of the critic and, every ``critic_steps``, of the student before it.
+
+        Args: x0 (B, H, W, C), used with ``noised_real`` alone; encoder states; ``noise`` and k of
+            ``draw``. Returns scalars by name.
+        """
+        turn = (self.steps.item() + 1) % self.turns == 0
+        parts = self.options.accumulate
+        n = len(x0) // parts
+        metrics, student, critic, losses = {}, None, None, []
+        for i in range(0, len(x0), n):
+            x, *rest = (cut(d, i, i + n) for d in ({"": x0}, text, masks, noise))
+            of_student, of_critic = self._pass(x[""], *rest, k, turn)
+            if turn:
+                student = tuple(map(add, student, of_student)) if student else of_student
+            if self.critic:
+                losses.append(of_critic[0])
+                critic = add(critic, of_critic[1]) if critic else of_critic[1]
+            # The graph of one micro-batch is freed before the next is built.
+            mx.eval(student, critic, losses)
+        if turn:
+            metrics, grads = ({k: a / parts for k, a in d.items()} for d in student)
+            metrics["grad/student"] = self.student.update(nn.average_gradients(grads))
+        if self.critic:
+            metrics |= by_tau(mx.concatenate(losses), noise["tau/critic"])
+            grads = {k: a / parts for k, a in critic.items()}
+            metrics["grad/critic"] = self.critic.update(nn.average_gradients(grads))
+        self.steps = self.steps + 1
+        mx.eval(self.state(), metrics)
+        return metrics
+
+    def _pass(self, x0, text, masks, noise, k: int, turn: bool):
+        """Metrics and gradients of the student, on its turn; losses and gradients of the critic."""
+        t = [mx.full(len(x0), sigma) for sigma in SIGMAS]
+        x, params = noise["x"], self.student.params
+        if self.options.noised_real:
+            x, _ = add_noise(x0, x, t[k])
+        else:
+            for i in range(k):
+                x = self._jump(params, x, t[i], t[i + 1], text, masks)
+        student = critic = y = None
+        if turn:
+            own = {name: noise[f"{name}/student"] for name in ("eps", "tau")}
+            other = self.critic.params if self.critic else {}
+            metrics, y, grads = self._student_grads(params, other, x, t[k], own, text, masks)
+            student = metrics, grads
+        else:
+            y = self._jump(params, x, t[k], t[-1], text, masks)
+        mx.eval(student, y)
+        if self.critic:
+            eps, tau = noise["eps/critic"], noise["tau/critic"]
+            critic = self._critic_grads(self.critic.params, y, eps, tau, text, masks)
+        return student, critic
+
+    def validate(self, fixed: list) -> dict[str, float]:
+        """What ``watch`` says of the pictures that the averaged student draws in four steps."""
+        return self.watch(self, fixed)
+
+    def generate(self, noise, text, masks) -> mx.array:
+        """Latents (B, H, W, C) of the averaged student's four steps from ``noise``."""
+        x = noise
+        t = [mx.full(len(x), sigma) for sigma in SIGMAS]
+        for now, to in pairwise(t):
+            x = self._jump(self.student.mean, x, now, to, text, masks)
+        return x
+
+    @property
+    def lora(self) -> dict[str, mx.array]:
+        """The averaged student's matrices, for ``save_lora``."""
+        return without_projectors(self.student.mean)
+
+    def identity(self) -> dict:
+        """What a saved state belongs to, beside options and data."""
+        return {"model": self.model.config.to_dict(), **self.fingerprints}
+
+    def state(self) -> dict[str, mx.array]:
+        """Everything that changes, flat, for ``save_state``."""
+        parts = {"student": self.student} | ({"critic": self.critic} if self.critic else {})
+        arrays = {f"{name}/{k}": a for name, w in parts.items() for k, a in w.state().items()}
+        return arrays | {"steps": self.steps}
+
+    def restore(self, arrays: dict[str, mx.array]) -> None:
+        groups = {}
+        for key, a in arrays.items():
+            group, _, path = key.partition("/")
+            groups.setdefault(group, {})[path] = a
+        self.steps = arrays["steps"]
+        self.student.restore(groups["student"])
+        if self.critic:
+            self.critic.restore(groups["critic"])
+
+
+def cut(arrays: dict[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+    return {k: a[start:stop] for k, a in arrays.items()}
+
+
+def by_tau(losses: mx.array, tau: mx.array) -> dict[str, mx.array]:
+    """The critic's mean loss, and that of each bin of tau which has a sample; both (B,)."""
+    metrics, bins = {"loss/critic": losses.mean()}, np.array(tau * BINS).astype(int)
+    for i in np.unique(bins).tolist():
+        rows = mx.array(np.flatnonzero(bins == i))
+        metrics[f"critic/tau {i / BINS:g}"] = losses[rows].mean()
+    return metrics
+
+
+SEEDS = 4  # pictures of each caption that a run is watched by
+REFERENCE_STEPS = 16  # of the guided teacher, for the pictures to compare with
+# Beyond these, against the teacher's pictures, a run has failed.
+MOST_COLOUR, MOST_STD, LEAST_SPREAD = 1.8, 1.5, 0.25
+
+
+class Watch:
+    """Pictures of a run in four steps beside the guided teacher's from the same noise.
+
+    Writes them to FOLDER/STEP.png, a caption's seeds in a row, the teacher's on the right, and
+    raises SnapGenError for a run that saturates or collapses.
+    """
+
+    def __init__(self, vae, folder):
+        self.vae, self.folder = vae, Path(folder)
+        self._theirs = None
+
+    def __call__(self, trainer: KDMDTrainer, fixed: list) -> dict[str, float]:
+        """Monitors by name; ``fixed`` batches hold each caption SEEDS times in a row."""
+        batches = [(eps, text, masks) for _, eps, _, text, masks in fixed]
+        if self._theirs is None:
+            self._theirs = self._pictures([guided(trainer, *batch) for batch in batches])
+        ours = self._pictures([trainer.generate(*batch) for batch in batches])
+        z, pictures = ours
+        ratios = {k: f(*ours) / f(*self._theirs) for k, f in MONITORS.items()}
+        error = ((z - self._theirs[0]) ** 2).mean()
+        self._write(trainer.steps.item(), pictures)
+        if ratios["std"] > MOST_STD or ratios["colour"] > MOST_COLOUR:
+            raise SnapGenError(
+                f"the pictures saturate: {ratios['colour']:.2g} times the teacher's colour and "
+                f"{ratios['std']:.2g} times its contrast of latents; start again in another "
+                "folder with a lower learning rate"
+            )
+        if ratios["spread"] < LEAST_SPREAD:
+            raise SnapGenError(
+                f"the pictures collapse: seeds of a caption differ {ratios['spread']:.2g} times as "
+                "much as the teacher's; start again in another folder with a lower learning rate"
+            )
+        return {f"val/{k}": float(a) for k, a in {**ratios, "error": error}.items()}
+
+    def _pictures(self, latents: list[mx.array]) -> tuple[np.ndarray, np.ndarray]:
+        """Latents (N, h, w, C) and pictures (N, H, W, 3) in [0, 1]."""
+        pictures = []
+        for z in latents:
+            pictures.append(np.array(self.vae.decode(z).astype(mx.float32)) / 2 + 0.5)
+        return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures).clip(0, 1)
+
+    def _write(self, step: int, pictures: np.ndarray) -> None:
+        rows = [a.reshape(-1, SEEDS, *a.shape[1:]) for a in (pictures, self._theirs[1])]
+        grid = np.concatenate(rows, axis=1)  # (captions, 2·SEEDS, H, W, 3)
+        n, m, h, w, _ = grid.shape
+        grid = grid.transpose(0, 2, 1, 3, 4).reshape(n * h, m * w, 3)
+        with atomic_write(self.folder / f"{step:08d}.png") as tmp:
+            Image.fromarray((grid * 255).round().astype(np.uint8)).save(tmp)
+
+
+def guided(trainer: KDMDTrainer, noise, text, masks) -> mx.array:
+    """Latents (B, H, W, C) of the guided teacher's many steps."""
+    x = noise
+    for now, to in pairwise(schedule(REFERENCE_STEPS, SHIFT)):
+        t = mx.full(len(x), now)
+        x = x + (to - now) * trainer.teacher.velocity(x, t, text, masks, trainer.options.guidance)
+        mx.eval(x)
+    return x
+
+
+def spread(latents: np.ndarray) -> float:
+    """Mean distance between the seeds of a caption."""
+    z = latents.reshape(-1, SEEDS, latents[0].size)
+    return np.linalg.norm(z[:, :, None] - z[:, None], axis=-1).mean()
+
+
+MONITORS = {
+    "std": lambda latents, pictures: latents.std(),
+    "colour": lambda latents, pictures: np.ptp(pictures, axis=-1).mean(),
+    "spread": lambda latents, pictures: spread(latents),
+}
