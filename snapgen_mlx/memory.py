@@ -209,6 +209,15 @@ def _encoding_bytes(encoder) -> int:
     return layer * compute_dtype().size
 
 
+def attention_scores(config: DiTConfig, stage: int, n: int) -> int:
+    """Scores per head of self-attention over n tokens, dense or ASSA."""
+    if config.attention[stage] == "dense":
+        return n * n
+    blocks, r = config.bna_blocks, config.bna_radius
+    pairs = sum(min(b + r, blocks - 1) - max(b - r, 0) + 1 for b in range(blocks))
+    return n * n // 4 + (n // blocks) ** 2 * pairs
+
+
 def _denoising_bytes(
     config: DiTConfig, h: int, w: int, batch: int, text_tokens: int, metal: bool
 ) -> int:
@@ -219,11 +228,7 @@ def _denoising_bytes(
     stages = []
     for stage, layers in enumerate(config.layers):
         n = tokens // 4 if stage == 1 and config.downsample else tokens
-        scores = n * n
-        if config.attention[stage] == "assa":
-            blocks, r = config.bna_blocks, config.bna_radius
-            pairs = sum(min(b + r, blocks - 1) - max(b - r, 0) + 1 for b in range(blocks))
-            scores = n * n // 4 + (n // blocks) ** 2 * pairs
+        scores = attention_scores(config, stage, n)
         if metal and config.head_dim in FUSED_HEADS:
             scores = 0
         stages.append(layers and 19 * n * d + config.num_heads * scores)

@@ -185,6 +185,12 @@ class ElasticTrainer:
         self.models[index].update(tree_unflatten(own))
         return self.models[index]
 
+    def release(self) -> None:
+        """Let go of the arrays that ``bind`` put into the models: compiled steps bind no others."""
+        for i, model in enumerate(self.models):
+            own = slice_flat(self.weights.params, self.config, i)
+            model.update(tree_unflatten([(k, mx.array(0.0)) for k in own]))
+
     def objective(self, index, own, batch, target, guide):
         """What a width minimises, the losses to be reported, and its velocity.
 
@@ -226,6 +232,8 @@ class ElasticTrainer:
                 for path in sorted(grads, key=backward_order):
                     mx.eval(total[1][path])
             mx.eval(total)
+        # The model must not hold on to weights that the update replaces.
+        self._bind(index, {k: mx.zeros(g.shape) for k, g in grads.items()})
         if len(parts) > 1:
             total = ({k: a / len(parts) for k, a in d.items()} for d in total)
         losses, grads = total
@@ -290,10 +298,12 @@ class ElasticTrainer:
 
     def validate(self, fixed: list) -> dict[str, float]:
         """The loss of every width with averaged weights on ``fixed`` batches, by name."""
-        return {
+        losses = {
             f"val/{name}": validation_loss(self.bind(i, self.weights.mean), fixed)
             for i, name in enumerate(self.config.variants)
         }
+        self.release()
+        return losses
 
     def identity(self) -> dict:
         """What a saved state belongs to, beside options and data."""

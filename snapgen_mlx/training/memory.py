@@ -1,0 +1,100 @@
+"""What a training run will hold, predicted from shapes before any weight is read.
+
+Bytes are those of MLX's own arrays. The coefficients were measured on MLX's CPU build, where they
+hold within about a quarter; the same forms are used on Metal, which has not been measured.
+"""
+
+from dataclasses import dataclass, replace
+
+from mlx.utils import tree_flatten
+
+from ..config import DiTConfig
+from ..errors import UsageError
+from ..memory import attention_scores, format_bytes, usable_memory
+from ..models.elastic import random_supernet
+from ..weights import compute_dtype
+from .elastic import ElasticOptions, empty_models
+from .lora import lora_params
+
+UPDATE = 0.85  # of all trained weights: what Adam's step holds beside its state and gradients
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Predicts the peak of ``ElasticTrainer.step``.
+
+    Args: config, of the supernet; size (H, W) of a latent; text_tokens, per picture; frozen,
+        bytes of the weights that a LoRA trains beside.
+    """
+
+    config: DiTConfig
+    size: tuple[int, int]
+    text_tokens: int
+    frozen: int
+
+    def state(self, options: ElasticOptions) -> int:
+        """Bytes of float32 weights, Adam's two moments, the average, and what is frozen."""
+        kept = (3 + bool(options.ema)) * 4 * self._trained(options)
+        return kept + (self.frozen if options.lora else 0)
+
+    def peak(self, options: ElasticOptions, batch: int) -> int:
+        """Peak bytes of a step on ``batch`` pictures (those of one process)."""
+        trained = 4 * self._trained(options)
+        gradients = trained * (2 if options.accumulate > 1 else 1)
+        part = -(-batch // options.accumulate)
+        passes = []
+        for i, dit in enumerate(empty_models(self.config)):  # never evaluated
+            weights = sum(a.size for _, a in tree_flatten(dit.parameters()))
+            own = 0 if options.lora else weights * compute_dtype().size
+            if i < len(self.config.widths) - 1:  # a slice and its gradients
+                own += 0 if options.lora else 8 * weights
+            passes.append(own + part * self.activations(dit.config, options.checkpoint))
+        return self.state(options) + gradients + max(*passes, int(UPDATE * trained))
+
+    def activations(self, config: DiTConfig, checkpoint: bool) -> int:
+        """Bytes of one width's forward and backward pass on one picture: 32 vectors a token and
+        1.7 times the attention scores, which are not fused under gradients, in every block."""
+        h, w = self.size
+        tokens, d = h * w // config.patch_size**2, config.hidden_size
+        blocks, inputs = [], 0
+        for stage, layers in enumerate(config.layers):
+            n = tokens // 4 if stage == 1 and config.downsample else tokens
+            scores = attention_scores(config, stage, n) + n * self.text_tokens
+            text = 2 * self.text_tokens * d
+            blocks += layers * [32 * n * d + 1.7 * config.num_heads * scores + text]
+            inputs += layers * n * d
+        kept = 2 * inputs + 2 * max(blocks) if checkpoint else sum(blocks) + 1.3 * max(blocks)
+        return int(compute_dtype().size * kept)
+
+    def _trained(self, options: ElasticOptions) -> int:
+        params = (
+            lora_params(self.config, options.lora) if options.lora else random_supernet(self.config)
+        )
+        return sum(a.size for a in params.values())  # never evaluated
+
+    def check(self, options: ElasticOptions, batch: int) -> None:
+        """Raise UsageError that says what would fit, unless the run does."""
+        need, usable = self.peak(options, batch), usable_memory()
+        if need <= usable:
+            return
+        peaks = [(flags, self.peak(o, batch)) for flags, o in self.alternatives(options, batch)]
+        offers = [f"{flags} ({format_bytes(peak)})" for flags, peak in peaks if peak <= usable]
+        fit = f"what fits: {', '.join(offers[:3])}" if offers else "no setting of this model fits"
+        raise UsageError(
+            f"this training needs about {format_bytes(need)} of memory, {format_bytes(usable)} can "
+            f"be used here; {fit}"
+        )
+
+    def alternatives(self, options: ElasticOptions, batch: int):
+        """(flags, options) of the same training in less memory, the mildest first."""
+        lora = replace(options, lora=16)
+        for name, o in (("", options), ("--lora 16", lora))[: 1 if options.lora else 2]:
+            parts = replace(o, accumulate=batch)
+            for flags, other in (
+                ("", o),
+                ("--checkpoint", replace(o, checkpoint=True)),
+                (f"--accumulate {batch}", parts),
+                (f"--accumulate {batch} --checkpoint", replace(parts, checkpoint=True)),
+            ):
+                if other != options:
+                    yield f"{name} {flags}".strip(), other

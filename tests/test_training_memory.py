@@ -1,0 +1,96 @@
+"""The memory of a training run: predicted and measured, refused with what would fit."""
+
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlx.utils import tree_flatten
+
+from snapgen_mlx import memory
+from snapgen_mlx.cli.main import main
+from snapgen_mlx.models.elastic import slice_flat
+from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer, empty_models
+from snapgen_mlx.training.lora import attach_lora, lora_params
+from snapgen_mlx.training.memory import TrainingMemory
+
+from .tiny import tiny_config, write_tiny_model
+from .toy import toy_config, toy_params
+
+TOKENS = 8
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Compiling the step's kernels takes a minute on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"checkpoint": True}, {"accumulate": 4}, {"ema": 0}, {"lora": 4}],
+    ids=lambda o: str(o),
+)
+def test_prediction_against_the_peak(options):
+    """Within the quarter that the module promises, on a model between tiny and embedded."""
+    config = toy_config(
+        hidden_size=128, head_dim=16, layers=[1, 4, 2], ffn_ratio=[4, 3, 4], downsample=True
+    )
+    options, base = ElasticOptions(warmup=1, **options), toy_params(config)
+    models, params, frozen = empty_models(config), base, 0
+    if options.lora:
+        params = lora_params(config, options.lora)
+        for i, dit in enumerate(models):
+            dit.load_weights(list(slice_flat(base, config, i).items()), strict=True)
+            frozen += sum(a.nbytes for _, a in tree_flatten(dit.parameters()))
+            attach_lora(dit, slice_flat(params, config, i))
+        mx.eval([dit.parameters() for dit in models])
+    trainer = ElasticTrainer(config, params, options, models)
+    del base, params, models
+    rng = np.random.default_rng(0)
+    x0, eps = (mx.array(rng.standard_normal((8, 16, 16, 4), dtype=np.float32)) for _ in range(2))
+    text = {"toy": mx.array(rng.standard_normal((8, TOKENS, 8), dtype=np.float32))}
+    batch = (x0, text, {"toy": mx.ones((8, TOKENS), mx.bool_)}, {"eps": eps, "t": x0[:, 0, 0, 0]})
+    trainer.step(*batch, [1])
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory() - sum(a.nbytes for a in trainer.state().values()) - frozen
+    mx.reset_peak_memory()
+    trainer.step(*batch, [1])
+    predicted = TrainingMemory(config, (16, 16), TOKENS, frozen).peak(options, 8)
+    assert predicted == pytest.approx(mx.get_peak_memory() - max(before, 0), rel=0.25)
+
+
+def test_refusal_says_what_fits(monkeypatch):
+    predictor = TrainingMemory(tiny_config(), (32, 32), TOKENS, 10**6)
+    options = ElasticOptions()
+    need = predictor.peak(options, 8)
+    offers = {flags: predictor.peak(o, 8) for flags, o in predictor.alternatives(options, 8)}
+    assert list(offers)[:3] == ["--checkpoint", "--accumulate 8", "--accumulate 8 --checkpoint"]
+    assert offers["--lora 16"] < need and offers["--checkpoint"] < need
+    for usable, fits in ((need, None), (offers["--checkpoint"], True), (1000, False)):
+        monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda n=usable: n)
+        if fits is None:
+            predictor.check(options, 8)
+            continue
+        with pytest.raises(memory.UsageError, match="this training needs about") as e:
+            predictor.check(options, 8)
+        assert ("what fits: --checkpoint (" in str(e.value)) == fits
+        assert ("no setting of this model fits" in str(e.value)) != fits
+
+
+def test_the_command(tmp_path, monkeypatch):
+    model = write_tiny_model(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    args = ["finetune", str(model), str(tmp_path / "data"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, [*args, "--explain", "--batch", "4"])
+    assert result.exit_code == 0, result.output
+    head, first, *rest = result.stdout.splitlines()
+    assert head.startswith("training in batches of 4, ") and "predicted" in head
+    assert first.startswith("as asked") and len(rest) == 7 and not (tmp_path / "out").exists()
+    monkeypatch.setattr("snapgen_mlx.memory.usable_memory", lambda: 1000)
+    result = CliRunner().invoke(main, [*args, "--explain"])
+    assert all(line.endswith("too large") for line in result.stdout.splitlines()[1:])
