@@ -49,17 +49,41 @@ from .arguments import data_options, model_argument, read_pictures
     help="Bring the narrower widths' gradients to the norm of the full one's.",
 )
 @click.option("--warmup", type=click.IntRange(1), default=100, show_default=True, help="Steps.")
+@click.option(
+    "--sample-every",
+    type=click.IntRange(0),
+    default=500,
+    show_default=True,
+    help="Steps from one grid of sample pictures to the next; 0 for none.",
+)
+@click.option("--explain", is_flag=True, help="Only print the memory that this would need.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def finetune(
-    model, data, output, full, caption, skip_bad, validation, flip, minutes, batch, seed, **elastic
+    model,
+    data,
+    output,
+    full,
+    caption,
+    skip_bad,
+    validation,
+    flip,
+    minutes,
+    batch,
+    sample_every,
+    explain,
+    seed,
+    **elastic,
 ):
     """Train every width of MODEL together on the pictures in DATA.
 
     MODEL is a folder, a Hub id, or nothing for the embedded model.
     DATA holds pictures, and their captions in a metadata.jsonl or metadata.csv with file_name and
-    text, or in a .txt file beside each. The run's state is kept in OUTPUT/run: Ctrl-C stops it,
-    the same command goes on where it stopped. OUTPUT becomes a model; with --lora, which also takes
-    a quantized MODEL, it gets a lora.safetensors for generate --lora.
+    text, or in a .txt file beside each. OUTPUT becomes a model; with --lora, which also takes a
+    quantized MODEL, it gets a lora.safetensors for generate --lora.
+
+    The run's state is kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it
+    stopped. There too: log.jsonl and loss.png, the losses; samples, what every width draws of a
+    few captions, in the end beside what it drew before.
     """
     if full and elastic["lora"]:
         raise click.UsageError("--full and --lora exclude each other")
@@ -69,6 +93,7 @@ def finetune(
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
     from snapgen_mlx.training.loop import RunOptions
+    from snapgen_mlx.training.report import can_plot
 
     speaks = mx.distributed.init().rank() == 0
 
@@ -77,7 +102,14 @@ def finetune(
             click.echo(line, **where)
 
     elastic = ElasticOptions(**elastic)
-    options = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
+    if explain:
+        echo(explanation(resolve_model(model), elastic, batch))
+        return
+    options = RunOptions(
+        batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
+    )
+    if not can_plot():
+        echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
     with Stop() as stop:
         try:
             folders = [folder for folder in (data, validation) if folder]
@@ -94,8 +126,7 @@ def finetune(
                     started = started or time.monotonic()
                     echo(progress(record, elastic.steps, options, time.monotonic() - started))
                 else:
-                    change = [f"{k.split('/')[1]} {100 * v:.3g} %" for k, v in record.items()]
-                    echo(f"weights changed: {', '.join(change)}")
+                    echo(changes(record))
         except KeyboardInterrupt:
             echo("stopped; the same command goes on from the last saved state", err=True)
             click.get_current_context().exit(128 + stop.signal)
@@ -105,6 +136,21 @@ def finetune(
     if last["stopped"] and not last["done"]:
         click.get_current_context().exit(128 + (stop.signal or signal.SIGINT))
     echo(f"wrote {output}")
+
+
+def explanation(model, options, batch: int) -> str:
+    """The predicted peak of this training, and of the same with less memory."""
+    from snapgen_mlx.memory import format_bytes, usable_memory
+    from snapgen_mlx.training.finetune import training_memory
+
+    memory, usable = training_memory(model), usable_memory()
+    lines = [("as asked", options), *memory.alternatives(options, batch)]
+    width = max(len(flags) for flags, _ in lines)
+    out = [f"training in batches of {batch}, {format_bytes(usable)} can be used here (predicted)"]
+    for flags, o in lines:
+        peak = memory.peak(o, batch)
+        out.append(f"{flags:{width}}  {format_bytes(peak):>8}" + "  too large" * (peak > usable))
+    return "\n".join(out)
 
 
 def progress(record: dict, steps: int, options, elapsed: float) -> str:
@@ -121,6 +167,17 @@ def progress(record: dict, steps: int, options, elapsed: float) -> str:
             left = min(left, max(0, options.minutes * 60 - elapsed))
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def changes(record: dict[str, float]) -> str:
+    """One line of how much weights, or pictures, of each width changed."""
+    kind = next(iter(record)).partition("/")[0]
+    what, unit, scale = {
+        "change": ("weights", " %", 100),
+        "picture_change": ("pictures", " of 255 levels", 1),
+    }[kind]
+    parts = [f"{name.partition('/')[2]} {scale * v:.3g}{unit}" for name, v in record.items()]
+    return f"{what} changed: {', '.join(parts)}"
 
 
 def duration(seconds: float) -> str:

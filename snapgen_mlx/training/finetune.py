@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..memory import TEXT_TOKENS
 from ..models.elastic import random_supernet, slice_flat
 from ..pipeline import load_text_encoders, load_vae
 from ..weights import (
@@ -26,6 +28,8 @@ from .data import Example, LatentDataset, bucket_sizes, cached_latents, cached_s
 from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
 from .loop import RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
+from .memory import TrainingMemory
+from .report import Report
 
 LORA = "lora.safetensors"
 
@@ -43,23 +47,32 @@ def finetune(
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
     Before them come records of pictures and captions encoded (``encode_data``), after them
-    ``weight_change``. ``flip``: pictures are mirrored in half of their draws. Writes the averaged
-    weights to ``output``, unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all
-    weights as a model in floats with everything else of ``model`` beside them. The run's state
-    lies in ``output/run`` and is resumed from there, latents and text states in ``output/cache``.
-    Raises SnapGenError for bad folders, and when training changed nothing.
+    ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
+    their draws. Writes the averaged weights to ``output``, unless ``stop`` ended the run: a LoRA
+    as ``lora.safetensors``, all weights as a model in floats with everything else of ``model``
+    beside them. The run's state lies in ``output/run`` and is resumed from there, with what
+    ``Report`` draws; latents and text states in ``output/cache``. Raises SnapGenError for bad
+    folders, and when training changed nothing.
     """
     model, output = Path(model), Path(output)
     if output.resolve().is_relative_to(model.resolve()):
         raise UsageError(f"{output} lies in the model that is to be trained; choose another folder")
     if (output / "config.json").exists() and not (output / "run").is_dir():
         raise UsageError(f"{output} holds another model; choose another folder")
+    processes = mx.distributed.init().size()
+    training_memory(model).check(elastic, -(-options.batch // processes))
     trainer = make_trainer(model, elastic, options.seed)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip)
+    report = None
+    if mx.distributed.init().rank() == 0:
+        captions = [e.captions[0] for e in parts[-1]]
+        report = Report(output / "run", model, captions, options)
     for record in train(trainer, sets[0], output / "run", options, *sets[1:], stop=stop):
         yield record
-    if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
+        if report:
+            report.update(record, trainer)
+    if (record["stopped"] and not record["done"]) or not report:
         return
 
     # Not the averaged ones, which rounding changes even when training does not.
@@ -71,10 +84,27 @@ def finetune(
     weights = trainer.weights.mean
     change = weight_change(model, trainer, weights)
     yield {f"change/{name}": value for name, value in change.items()}
+    if pictures := report.picture_change(trainer):
+        if not any(pictures.values()):
+            raise SnapGenError(
+                f"{record['step']} steps changed no picture, so nothing was written; train for "
+                "longer or with a higher learning rate"
+            )
+        yield {f"picture_change/{name}": value for name, value in pictures.items()}
     if elastic.lora:
         save_lora(output / LORA, weights)
     else:
         _write_model(model, output, trainer.config, weights)
+
+
+def training_memory(model: Path) -> TrainingMemory:
+    """Predicts what training a model folder at its own picture size needs."""
+    config = DiTConfig.from_dict(load_config(model / "transformer"))
+    latent = load_config(model).get("sampling", {}).get("size", 1024) // 8
+    tokens = 1 + sum(TEXT_TOKENS.get(name, 0) for name in config.text_dims)
+    models = [load_dit(model, name) for name in config.variants]  # never evaluated
+    frozen = sum(a.nbytes for dit in models for _, a in tree_flatten(dit.parameters()))
+    return TrainingMemory(config, (latent, latent), tokens, frozen)
 
 
 def encode_data(
