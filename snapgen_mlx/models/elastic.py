@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import DiTConfig
 from ..errors import SnapGenError
 
-BANKS = ("time_embed", "scale_shift_table")
+# "projector" stands beside a model while it learns from a teacher (training.distill).
+BANKS = ("time_embed", "scale_shift_table", "projector")
 
 # Groups along (output, input) of each layer's weight; 0 = not sliced. A bias follows the output.
 _GROUPS = {

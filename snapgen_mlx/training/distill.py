@@ -96,14 +96,14 @@ def velocity_and_tokens(model: DiT, x_t, t, text, masks) -> tuple[mx.array, mx.a
 
 
 class TaughtDataset(LatentDataset):
-    """Gives captions also as a teacher's own text encoders read them, never dropped."""
+    """``data`` whose captions come also as a teacher's own ``encoders`` read them, never dropped."""
 
-    def __init__(self, latents, captions, encoders: list, teacher):
-        super().__init__(latents, captions, encoders)
-        self.teacher = teacher
+    def __init__(self, data: LatentDataset, encoders: list):
+        super().__init__(data.latents, data.captions, data.encoders, data.mirrored)
+        self.taught = encoders
 
     def text(self, prompts: list[str]) -> tuple[dict, dict]:
-        own, theirs = super().text(prompts), encode_text(self.teacher.encoders, prompts)
+        own, theirs = super().text(prompts), encode_text(self.taught, prompts)
         named = ({TEACHER + k: a for k, a in d.items()} for d in theirs)
         return tuple(a | b for a, b in zip(own, named, strict=True))
 

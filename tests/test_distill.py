@@ -1,0 +1,368 @@
+"""Distillation: losses, teachers and steps against independent implementations; runs; commands."""
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten, tree_unflatten
+
+from snapgen_mlx.models.dit import DiT
+from snapgen_mlx.models.elastic import bank_index, slice_flat
+from snapgen_mlx.training.distill import (
+    KDOptions,
+    KDTrainer,
+    TaughtDataset,
+    Teacher,
+    alpha,
+    feature_loss,
+    timestep_aware,
+)
+from snapgen_mlx.training.elastic import add_noise
+from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
+from snapgen_mlx.training.lora import SCALE, lora_params
+
+from .toy import ToyText, toy_config, toy_data, toy_params
+from .toy_distill import RANK, random_lora, toy_kdmd, toy_model, toy_teacher, updates
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    """Compiling the steps' kernels takes minutes on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def batch(seed: int = 0, size: int = 4):
+    """x0, text, masks; the last sample has no text."""
+    x0, text, masks = toy_data().batch(np.random.default_rng(seed), size)
+    masks["toy"] = masks["toy"] & (mx.arange(size) < size - 1)[:, None]
+    return x0, text, masks
+
+
+def normal(shape, seed: int = 1) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def flat(model) -> dict:
+    return dict(tree_flatten(model.parameters()))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]) for k in a)
+
+
+class Recorder(optim.Optimizer):
+    """Keeps the gradients of a step and changes nothing."""
+
+    def apply_gradients(self, gradients, parameters):
+        self.gradients = gradients
+        return {}
+
+
+# Losses
+
+
+def test_alpha():
+    t = mx.array([0.5, 0.25, 0.1, 0.02])
+    np.testing.assert_allclose(alpha(t), [1, 0.729, 0.2485, 0.0066], rtol=0, atol=5e-5 * 10)
+    np.testing.assert_allclose(alpha(1 - t), alpha(t), rtol=1e-4)
+    z = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    density = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0),
+        [torch.distributions.transforms.SigmoidTransform()],
+    )
+    ratio = (density.log_prob(z) - density.log_prob(torch.tensor(0.5).double())).exp()
+    np.testing.assert_allclose(alpha(mx.array(z.float().numpy())), ratio, rtol=1e-5)
+
+
+def test_timestep_aware_scaling():
+    """It is as large as the flow loss; the teacher's share of the gradient is 1 - alpha."""
+    flow, out, t = mx.array([0.3, 2.0, 0.1]), mx.array([0.7, 0.5, 1e-9]), mx.array([0.5, 0.1, 0.9])
+    value, (by_flow, by_out) = mx.value_and_grad(
+        lambda f, o: timestep_aware(f, o, t).sum(), argnums=(0, 1)
+    )(flow, out)
+    a = np.array(alpha(t), np.float64)
+    ratio = np.array(flow) / np.maximum(np.array(out), 1e-6)
+    np.testing.assert_allclose(value, (a * flow + (1 - a) * ratio * np.array(out)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(value[None], [0.3 + 2.0 + a[2] * 0.1 + (1 - a[2]) * 1e-4], rtol=1e-5)
+    np.testing.assert_allclose(by_flow, a, rtol=1e-5)
+    np.testing.assert_allclose(by_out, (1 - a) * ratio, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (6, 10), (2, 2)])
+def test_features_of_another_grid(grid):
+    """The student's tokens are brought to the teacher's grid as PyTorch resizes pictures."""
+    tokens, target = normal((2, 4, 4, 6)), normal((2, *grid, 5), 2)
+    phi = {"weight": normal((5, 6), 3), "bias": normal((5,), 4)}
+    ours = feature_loss(tokens, phi, target)
+    x = torch.tensor(np.array(tokens)).permute(0, 3, 1, 2)
+    x = torch.nn.functional.interpolate(x, grid, mode="bilinear", align_corners=False)
+    w, b = (torch.tensor(np.array(phi[k])) for k in ("weight", "bias"))
+    error = torch.nn.functional.linear(x.permute(0, 2, 3, 1), w, b) - torch.tensor(np.array(target))
+    np.testing.assert_allclose(ours, (error**2).mean(dim=(1, 2, 3)), rtol=1e-5)
+
+
+def test_dmd_gradient():
+    """w·(c0 - r0) / numel, and down it lies the teacher's prediction."""
+    x0, c0, r0 = (normal((2, 4, 4, 3), seed) for seed in (1, 2, 3))
+    (value, w), gradient = mx.value_and_grad(lambda x: dmd_loss(x, c0, r0))(x0)
+    a, c, r = (np.array(x, np.float64) for x in (x0, c0, r0))
+    weight = 1 / (np.abs(a - r).mean((1, 2, 3)) + 1e-6)
+    step = weight[:, None, None, None] * (c - r)
+    np.testing.assert_allclose(w, weight, rtol=1e-5)
+    np.testing.assert_allclose(gradient, step / a.size, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(value, 0.5 * (step**2).mean(), rtol=1e-5)
+    # A critic that knows the student says c0 = x0: the student then goes towards the teacher.
+    gradient = np.array(mx.grad(lambda x: dmd_loss(x, x0, r0)[0])(x0))
+    assert np.abs(a - 0.01 * a.size * gradient - r).mean() < np.abs(a - r).mean()
+
+
+def test_dmd_in_velocities():
+    """c0 - r0 = tau·(v_teacher - v_critic)."""
+    x_tau, v_critic, v_teacher, tau = normal((1, 2, 2, 3)), normal((1, 2, 2, 3), 2), 0.5, 0.3
+    c0, r0 = x_tau - tau * v_critic, x_tau - tau * v_teacher
+    np.testing.assert_allclose(c0 - r0, tau * (v_teacher - v_critic), atol=1e-6)
+
+
+def test_taus():
+    tau = np.array(sample_taus(mx.random.key(0), 20000))
+    assert tau.min() == np.float32(TAU_RANGE[0]) and tau.max() == np.float32(TAU_RANGE[1])
+    assert np.median(tau) == pytest.approx(0.75, abs=0.01)  # 3/2 / (1 + 2/2) of the uniform's
+
+
+def test_sigmas():
+    assert SIGMAS == [1, 0.9, 0.75, 0.5, 0]
+
+
+# Teachers
+
+
+def test_guided_velocity():
+    teacher, model = toy_teacher(), toy_model(2)
+    x0, text, masks = batch()
+    t = mx.array([0.9, 0.5, 0.2, 0.7])
+    positive, negative = model(x0, t, text, masks), model(x0, t, {}, {})
+    np.testing.assert_allclose(
+        teacher.velocity(x0, t, text, masks, 3.0),
+        negative + 3 * (positive - negative),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert mx.array_equal(teacher.velocity(x0, t, text, masks), positive)
+    nothing = {"toy": mx.zeros_like(masks["toy"])}
+    np.testing.assert_allclose(
+        teacher.velocity(x0, t, text, nothing, 3.0), negative, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_few_step_lora_switches_bit_exactly():
+    model, (x0, text, masks) = toy_model(2), batch()
+    t = mx.full(4, 0.75)
+    before, weights = model(x0, t, text, masks), flat(model)
+    lora = random_lora(model.config)
+    teacher = Teacher(model, updates(lora))
+    off, _ = teacher.outputs(x0, t, text, masks)
+    on, _ = teacher.outputs(x0, t, text, masks, few_step=True)
+    again, _ = teacher.outputs(x0, t, text, masks)
+    assert mx.array_equal(off, before) and mx.array_equal(again, before)
+    assert same(flat(model), weights)
+    fused = toy_model(2)
+    for path, update in updates(lora).items():
+        layer = dict(fused.named_modules())[path]
+        layer.weight = layer.weight + update.b @ update.a
+    np.testing.assert_allclose(on, fused(x0, t, text, masks), rtol=1e-4, atol=1e-5)
+    assert mx.abs(on - off).max() > 0.01
+    zero = Teacher(model, updates(lora_params(model.config, RANK)))
+    assert mx.array_equal(zero.outputs(x0, t, text, masks, few_step=True)[0], before)
+
+
+def test_features_are_standardised():
+    teacher, (x0, text, masks) = toy_teacher(), batch()
+    _, tokens = teacher.outputs(x0, mx.full(4, 0.5), text, masks)
+    assert tokens.shape == (4, 4, 4, 32) and tokens.dtype == mx.float32
+    np.testing.assert_allclose(tokens.mean(axis=-1), 0, atol=1e-5)
+    np.testing.assert_allclose(tokens.var(axis=-1), 1, atol=1e-3)
+
+
+class OtherText(ToyText):
+    """A teacher's encoder of the same name with other states."""
+
+    def encode(self, texts):
+        states, mask = super().encode(texts)
+        return states[:, :2] + 1, mask[:, :2]
+
+
+def test_a_teacher_with_its_own_text():
+    model, other = toy_model(2), OtherText()
+    data = TaughtDataset(toy_data(), [other])
+    x0, text, masks = data.batch(np.random.default_rng(0), 8, dropout=0.5)
+    plain = toy_data().batch(np.random.default_rng(0), 8, dropout=0.5)
+    assert mx.array_equal(plain[0], x0)
+    assert mx.array_equal(plain[1]["toy"], text["toy"]) and mx.array_equal(
+        plain[2]["toy"], masks["toy"]
+    )
+    given = np.array(mx.any(masks["toy"], axis=1))
+    assert 0 < given.sum() < 8
+    t = mx.full(8, 0.5)
+    teacher = Teacher(model, own_text=[other])
+    ours = teacher.velocity(x0, t, text, masks)
+    captions = [i for i in range(8)]
+    for i in captions:
+        states = {"toy": text["teacher/toy"][i : i + 1]} if given[i] else {}
+        seen = {"toy": masks["teacher/toy"][i : i + 1]} if given[i] else {}
+        expected = model(x0[i : i + 1], t[:1], states, seen)
+        np.testing.assert_allclose(ours[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+    # A student does not see them.
+    assert mx.array_equal(model(x0, t, text, masks), model(x0, t, {"toy": text["toy"]}, masks))
+
+
+# Knowledge distillation
+
+
+def kd_trainer(config, **options) -> KDTrainer:
+    options = KDOptions(warmup=2, clip=1e9, **options)
+    return KDTrainer(config, toy_params(config), options, teacher=toy_teacher(seed=3))
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.7])
+def test_kd_gradients_are_autograds(distill):
+    """Of L_full + w L_narrow, each S(L_diff, L_out) + L_feat, with the phi of each width."""
+    config = toy_config(layers=[1, 2, 1], downsample=True)
+    trainer, index = kd_trainer(config, distill=distill), 1
+    trainer.weights.optimizer = Recorder()
+    params = dict(trainer.weights.params)
+    x0, text, masks = batch(3)
+    noise = {"eps": normal(x0.shape, 4), "t": mx.array([0.2, 0.5, 0.8, 0.6])}
+    metrics = trainer.step(x0, text, masks, noise, [index])
+    x_t, target = add_noise(x0, noise["eps"], noise["t"])
+    theirs, features = toy_teacher(seed=3).outputs(x_t, noise["t"], text, masks)
+    models = [DiT(config.variant(i)) for i in range(3)]
+
+    def width(params, i, v_full=None):
+        own = slice_flat({k: a for k, a in params.items() if "projector" not in k}, config, i)
+        models[i].update(tree_unflatten(list(own.items())))
+        time = models[i].condition_time(noise["t"])
+        tokens = models[i].features(x_t, time, models[i].condition_text(text, masks, 4))
+        v = models[i].head(tokens, time)
+        flow, out = (((v - a) ** 2).mean(axis=(1, 2, 3)) for a in (target, theirs))
+        a = alpha(noise["t"])
+        loss = (a * flow + (1 - a) * mx.stop_gradient(flow / out) * out).mean()
+        phi = tokens @ params[f"projector.{i}.weight"].T + params[f"projector.{i}.bias"]
+        loss = loss + ((phi - features) ** 2).mean()
+        if v_full is not None:
+            loss = loss + distill * ((v - mx.stop_gradient(v_full)) ** 2).mean()
+        return loss, v
+
+    def loss(params):
+        full, v_full = width(params, 2)
+        return full + metrics["w/small"] * width(params, index, v_full)[0]
+
+    expected = mx.grad(loss)(params)
+    merged = trainer.weights.optimizer.gradients
+    scale = max(mx.abs(g).max().item() for g in expected.values())
+    for k, g in expected.items():
+        if bank_index(k) in (None, 2, index):
+            assert mx.abs(merged[k] - g).max().item() <= 1e-5 * scale, k
+        else:
+            assert k not in merged, k
+    assert {k for k in merged if "projector" in k} == {
+        f"projector.{i}.{name}" for i in (1, 2) for name in ("weight", "bias")
+    }
+    assert {"loss/full", "out/small", "features/full"} <= set(metrics)
+
+
+def test_kd_comes_nearer_to_its_teacher():
+    config, data = toy_config(widths=[1.0]), toy_data()
+    trainer = kd_trainer(config, steps=40, learning_rate=1e-2, ema=0.0)
+    records = []
+    for step in range(40):
+        x0, text, masks = data.batch(np.random.default_rng(step), 8)
+        noise, subnets = trainer.draw(None, mx.random.key(step), x0.shape)
+        metrics = trainer.step(x0, text, masks, noise, subnets)
+        records.append([metrics[f"{k}/full"].item() for k in ("out", "features")])
+    first, last = np.mean(records[:5], axis=0), np.mean(records[-5:], axis=0)
+    assert all(last < 0.7 * first), (first, last)
+
+
+# K-DMD: one step against the same maths spelled out, with LoRAs fused into the weights
+
+
+def fused(base, params: dict) -> DiT:
+    model = DiT(base.config)
+    weights = flat(base)
+    for k, a in params.items():
+        layer, _, part = k.rpartition(".")
+        if part == "lora_a":
+            name = f"{layer}.weight"
+            weights[name] = weights[name] + SCALE * params[f"{layer}.lora_b"] @ a
+    model.update(tree_unflatten(list(weights.items())))
+    return model
+
+
+def features_of(model, x, t, text, masks):
+    time = model.condition_time(t)
+    tokens = model.features(x, time, model.condition_text(text, masks, len(x)))
+    return model.head(tokens, time), tokens
+
+
+def kdmd_gradients(base, teacher, student, critic, x0, text, masks, noise, k, real=False):
+    """Gradients of student with phi, and of the critic, as in the paper's algorithm."""
+    s = [mx.array(a) for a in SIGMAS]
+    x = noise["x"]
+    if real:
+        x = (1 - s[k]) * x0 + s[k] * x
+    else:
+        for i in range(k):
+            t = mx.full(len(x), SIGMAS[i])
+            x = x + (s[i + 1] - s[i]) * fused(base, student)(x, t, text, masks)
+    t = mx.full(len(x), SIGMAS[k])
+
+    def loss(own):
+        v, tokens = features_of(fused(base, own), x, t, text, masks)
+        y = x - s[k] * v
+        tau = noise["tau/student"][:, None, None, None]
+        x_tau = mx.stop_gradient((1 - tau) * y) + tau * noise["eps/student"]
+        flat_tau = noise["tau/student"]
+        c0 = x_tau - tau * fused(base, critic)(x_tau, flat_tau, text, masks)
+        r0 = x_tau - tau * teacher.velocity(x_tau, flat_tau, text, masks, 4.0)
+        w = 1 / (mx.abs(y - r0).mean(axis=(1, 2, 3), keepdims=True) + 1e-6)
+        gradient = mx.stop_gradient(w * (c0 - r0) / y.size)
+        theirs, target = teacher.outputs(x, t, text, masks, few_step=True)
+        phi = tokens @ own["projector.0.weight"].T + own["projector.0.bias"]
+        return (gradient * y).sum() + ((v - theirs) ** 2).mean() + ((phi - target) ** 2).mean()
+
+    y = x - s[k] * fused(base, student)(x, t, text, masks)
+    tau = noise["tau/critic"][:, None, None, None]
+    noised = (1 - tau) * y + tau * noise["eps/critic"]
+
+    def critic_loss(own):
+        v = fused(base, own)(noised, noise["tau/critic"], text, masks)
+        return ((v - (noise["eps/critic"] - y)) ** 2).mean()
+
+    return mx.grad(loss)(student), mx.grad(critic_loss)(critic)
+
+
+@pytest.mark.parametrize(("k", "real"), [(0, False), (1, False), (3, False), (2, True)])
+def test_a_step_is_the_papers(k, real):
+    trainer = toy_kdmd(critic_steps=1, clip=1e9, noised_real=real)
+    student, critic = (random_lora(trainer.model.config, seed) for seed in (7, 8))
+    phi = {k: a for k, a in trainer.student.params.items() if "projector" in k}
+    trainer.student.params, trainer.critic.params = student | phi, critic
+    trainer.student.optimizer, trainer.critic.optimizer = Recorder(), Recorder()
+    x0, text, masks = toy_data().batch(np.random.default_rng(1), 4)
+    noise, _ = trainer.draw(np.random.default_rng(0), mx.random.key(2), x0.shape)
+    metrics = trainer.step(x0, text, masks, noise, k)
+    of_student, of_critic = kdmd_gradients(
+        toy_model(0), toy_teacher(), student | phi, critic, x0, text, masks, noise, k, real
+    )
+    for ours, theirs in (
+        (trainer.student.optimizer.gradients, of_student),
+        (trainer.critic.optimizer.gradients, of_critic),
+    ):
+        scale = max(mx.abs(g).max().item() for g in theirs.values())
+        assert ours.keys() == theirs.keys() and scale > 1e-4
+        for name, g in theirs.items():
+            assert mx.abs(ours[name] - g).max().item() <= 2e-4 * scale, name
+    assert {"loss/dmd", "loss/out", "loss/features", "loss/critic", "gap", "w"} < set(metrics)

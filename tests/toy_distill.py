@@ -1,0 +1,87 @@
+"""The toy problem for distillation in four steps: a narrow width learns from the full one.
+
+python -m tests.toy_distill RUN STEPS SAVE_MINUTES trains it in the folder RUN and prints records.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from snapgen_mlx.lora import Update
+from snapgen_mlx.models.dit import DiT
+from snapgen_mlx.models.elastic import slice_flat
+from snapgen_mlx.training.data import LatentDataset
+from snapgen_mlx.training.distill import Teacher
+from snapgen_mlx.training.kdmd import SEEDS, KDMDOptions, KDMDTrainer, Watch
+from snapgen_mlx.training.loop import train
+from snapgen_mlx.training.lora import SCALE, attach_lora, lora_params
+
+from .toy import PROMPTS, toy_config, toy_data, toy_options, toy_params
+
+RANK = 3
+
+
+class ToyVAE:
+    """Shows the first three channels of a latent."""
+
+    def decode(self, z):
+        return z[..., :3] / 2
+
+
+def toy_model(index: int, seed: int = 0) -> DiT:
+    """One width of a toy supernet."""
+    config = toy_config(layers=[1, 2, 1], downsample=True)
+    dit = DiT(config.variant(index))
+    dit.load_weights(list(slice_flat(toy_params(config, seed), config, index).items()), strict=True)
+    return dit
+
+
+def random_lora(config, seed: int = 5) -> dict[str, mx.array]:
+    """Matrices of which B is not zero."""
+    params = lora_params(config, RANK, seed)
+    keys = mx.random.split(mx.random.key(seed), len(params))
+    return {
+        k: 0.05 * mx.random.normal(a.shape, key=key) if k.endswith("lora_b") else a
+        for (k, a), key in zip(params.items(), keys, strict=True)
+    }
+
+
+def updates(params: dict[str, mx.array]) -> dict[str, Update]:
+    layers = {k.rpartition(".")[0] for k in params}
+    return {p: Update(params[f"{p}.lora_a"], SCALE * params[f"{p}.lora_b"]) for p in sorted(layers)}
+
+
+def toy_teacher(seed: int = 0) -> Teacher:
+    full = toy_model(2, seed)
+    return Teacher(full, updates(random_lora(full.config)))
+
+
+def toy_kdmd(watch=None, teacher=None, index: int = 0, **options) -> KDMDTrainer:
+    dit = toy_model(index)
+    attach_lora(dit, lora_params(dit.config, RANK))
+    defaults = dict(learning_rate=1e-3, steps=30, warmup=0, rank=RANK, average_from=10)
+    options = KDMDOptions(**defaults | options)
+    return KDMDTrainer(dit, teacher or toy_teacher(), options, watch=watch)
+
+
+def toy_pictures() -> LatentDataset:
+    """Captions to watch a run by, each with its seeds in a row."""
+    data = toy_data(len(PROMPTS))
+    rows = [i for i in range(len(PROMPTS)) for _ in range(SEEDS)]
+    return LatentDataset(
+        [data.latents[i] for i in rows], [data.captions[i] for i in rows], data.encoders
+    )
+
+
+def toy_kdmd_run(run, steps: int, trainer=None, **options):
+    """Records of a run on toy data, with its pictures watched."""
+    trainer = trainer or toy_kdmd(Watch(ToyVAE(), run / "grids"), steps=steps)
+    return train(trainer, toy_data(), run, toy_options(text_dropout=0.0, **options), toy_pictures())
+
+
+if __name__ == "__main__":
+    run, steps, minutes = sys.argv[1:]
+    for record in toy_kdmd_run(Path(run), int(steps), save_minutes=float(minutes)):
+        print(json.dumps(record), flush=True)
