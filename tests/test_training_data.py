@@ -4,6 +4,9 @@ import csv
 import hashlib
 import json
 import os
+import re
+import runpy
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -681,6 +684,25 @@ def test_validation_batches():
 
 
 # All of it
+
+
+def test_the_example():
+    """Its words are known to the embedded model, its pictures are what its script draws."""
+    folder = Path(__file__).parent.parent / "examples"
+    examples = read_folder(folder / "pip")
+    assert len(examples) == len(list((folder / "pip").glob("*.jpg"))) == 20
+    assert sum(path.stat().st_size for path in (folder / "pip").iterdir()) < 300_000
+    table = embedded_model() / "text_encoder" / "vocab.txt"
+    known = set(table.read_text(encoding="utf-8").splitlines())
+    for example in examples:
+        assert len(example.captions) >= 3 and example.aspect == 1
+        assert set(re.findall(r"\w+", " ".join(example.captions))) <= known
+    script = runpy.run_path(str(folder / "draw_pip.py"))
+    does, background, drawing = script["SCENES"][10]
+    assert examples[10].captions == script["captions"](does, background)
+    drawn = np.asarray(script["draw"](background, **drawing), np.float32)
+    error = np.abs(drawn - pixels(examples[10].file, (256, 256))).mean()
+    assert error < 2  # of 255: JPEG's
 
 
 def test_finetuning_on_pictures_of_several_shapes(tmp_path):
