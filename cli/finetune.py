@@ -1,7 +1,10 @@
 """``snapgen-mlx finetune``: train all widths of an elastic model on a folder of pictures."""
 
+import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import time
 
 import click
@@ -110,7 +113,7 @@ def finetune(
     )
     if not can_plot():
         echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
-    with Stop() as stop:
+    with awake(), Stop() as stop:
         try:
             folders = [folder for folder in (data, validation) if folder]
             sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
@@ -171,13 +174,11 @@ def progress(record: dict, steps: int, options, elapsed: float) -> str:
 
 def changes(record: dict[str, float]) -> str:
     """One line of how much weights, or pictures, of each width changed."""
-    kind = next(iter(record)).partition("/")[0]
-    what, unit, scale = {
-        "change": ("weights", " %", 100),
-        "picture_change": ("pictures", " of 255 levels", 1),
-    }[kind]
-    parts = [f"{name.partition('/')[2]} {scale * v:.3g}{unit}" for name, v in record.items()]
-    return f"{what} changed: {', '.join(parts)}"
+    pairs = [(name.split("/"), value) for name, value in record.items()]
+    if pairs[0][0][0] == "change":
+        return "weights changed: " + ", ".join(f"{name} {100 * v:.3g} %" for (_, name), v in pairs)
+    levels = ", ".join(f"{name} {v:.3g}" for (_, name), v in pairs)
+    return f"pictures changed, in levels of 255: {levels}"
 
 
 def duration(seconds: float) -> str:
@@ -185,6 +186,19 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextlib.contextmanager
+def awake():
+    """Keeps a Mac from sleeping; does nothing on other systems."""
+    command = shutil.which("caffeinate")
+    process = command and subprocess.Popen([command, "-i", "-w", str(os.getpid())])
+    try:
+        yield
+    finally:
+        if process:
+            process.terminate()
+            process.wait()
 
 
 class Stop:

@@ -102,10 +102,10 @@ def reference(tmp_path_factory):
 
 
 def test_killed_at_random_moments(start, tmp_path, reference):
-    """Five kills, also while a state is written; losses and weights as if there were none."""
+    """Ten kills, also while a state is written; losses and weights as if there were none."""
     run, expected = tmp_path / "run", log(reference)
     first, killed = [], 0
-    for _ in range(5):
+    for _ in range(10):
         process = start("-m", "tests.toy", run, STEPS, 0.0005)
         if line := process.stdout.readline():  # empty: too late, the run has ended
             assert losses(json.loads(line)) in expected
@@ -114,7 +114,7 @@ def test_killed_at_random_moments(start, tmp_path, reference):
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-    assert killed >= 2 and first[-1] > first[0], first
+    assert killed >= 4 and first[-1] > first[0], first
     # What a kill amid writing leaves, whether or not one hit it.
     (run / ".state-00000007.abc.safetensors").write_bytes(b"half")
     with open(run / "log.jsonl", "a") as f:
@@ -438,6 +438,21 @@ def test_ctrl_c_before_the_first_step_stops_at_once(material, tmp_path, monkeypa
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; the same command goes on from the last saved state\n")
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_mac_is_kept_awake(material, tmp_path, monkeypatch):
+    """By the system's own command, for as long as the training runs and no longer."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "caffeinate"
+    fake.write_text(f"#!/bin/sh\necho $$ $@ > {tmp_path}/called\nexec sleep 600\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    result = invoke(*arguments(material, tmp_path / "out", steps=2))
+    assert result.exit_code == 0, result.output
+    pid, *args = (tmp_path / "called").read_text().split()
+    assert args == ["-i", "-w", str(os.getpid())]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
 def one_error(result, code=1):

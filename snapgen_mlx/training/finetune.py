@@ -1,7 +1,6 @@
 """Fine-tuning a model folder on a folder of pictures: data, run, and the trained model folder."""
 
 import functools
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,16 +14,20 @@ from ..memory import TEXT_TOKENS
 from ..models.elastic import random_supernet, slice_flat
 from ..pipeline import load_text_encoders, load_vae
 from ..weights import (
+    FEW_STEP,
     assign,
+    compute_dtype,
     dequantize,
     load_config,
     load_dit,
+    load_infos,
     load_supernet,
     save_tensors,
     write_json,
 )
-from .checkpoint import file_sha256
+from .checkpoint import fingerprint
 from .data import Example, LatentDataset, bucket_sizes, cached_latents, cached_states
+from .distill import TEXT_FOLDERS, KDTrainer, teach, without_projectors
 from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
 from .loop import RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
@@ -32,6 +35,7 @@ from .memory import TrainingMemory
 from .report import Report
 
 LORA = "lora.safetensors"
+NOT_COPIED = ("transformer", FEW_STEP, "run", "cache")
 
 
 def finetune(
@@ -43,8 +47,11 @@ def finetune(
     validation: list[Example] | None = None,
     flip: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    teacher=None,
 ) -> Iterator[dict]:
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
+
+    ``teacher``, such as ``distill.load_teacher`` gives, is learned from too, with ``KDOptions``.
 
     Before them come records of pictures and captions encoded (``encode_data``), after them
     ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
@@ -55,15 +62,14 @@ def finetune(
     folders, and when training changed nothing.
     """
     model, output = Path(model), Path(output)
-    if output.resolve().is_relative_to(model.resolve()):
-        raise UsageError(f"{output} lies in the model that is to be trained; choose another folder")
-    if (output / "config.json").exists() and not (output / "run").is_dir():
-        raise UsageError(f"{output} holds another model; choose another folder")
+    check_output(model, output)
     processes = mx.distributed.init().size()
     training_memory(model).check(elastic, -(-options.batch // processes))
-    trainer = make_trainer(model, elastic, options.seed)
+    trainer = make_trainer(model, elastic, options.seed, teacher)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip)
+    if teacher:
+        sets = yield from teach(teacher, sets, output / "cache")
     report = None
     if mx.distributed.init().rank() == 0:
         captions = [e.captions[0] for e in parts[-1]]
@@ -81,10 +87,11 @@ def finetune(
             f"{record['step']} steps changed no weight, so nothing was written; train for longer "
             "or with a higher learning rate"
         )
-    weights = trainer.weights.mean
+    weights = without_projectors(trainer.weights.mean)
     change = weight_change(model, trainer, weights)
     yield {f"change/{name}": value for name, value in change.items()}
-    if pictures := report.picture_change(trainer):
+    before = initial_params(model, elastic, options.seed)[1]
+    if pictures := report.picture_change(trainer, before):
         if not any(pictures.values()):
             raise SnapGenError(
                 f"{record['step']} steps changed no picture, so nothing was written; train for "
@@ -94,7 +101,15 @@ def finetune(
     if elastic.lora:
         save_lora(output / LORA, weights)
     else:
-        _write_model(model, output, trainer.config, weights)
+        write_model(model, output, trainer.config, weights)
+
+
+def check_output(model: Path, output: Path) -> None:
+    """Raises UsageError for a folder that is not to be trained into."""
+    if output.resolve().is_relative_to(model.resolve()):
+        raise UsageError(f"{output} lies in the model that is to be trained; choose another folder")
+    if (output / "config.json").exists() and not (output / "run").is_dir():
+        raise UsageError(f"{output} holds another model; choose another folder")
 
 
 def training_memory(model: Path) -> TrainingMemory:
@@ -102,9 +117,13 @@ def training_memory(model: Path) -> TrainingMemory:
     config = DiTConfig.from_dict(load_config(model / "transformer"))
     latent = load_config(model).get("sampling", {}).get("size", 1024) // 8
     tokens = 1 + sum(TEXT_TOKENS.get(name, 0) for name in config.text_dims)
-    models = [load_dit(model, name) for name in config.variants]  # never evaluated
-    frozen = sum(a.nbytes for dit in models for _, a in tree_flatten(dit.parameters()))
-    return TrainingMemory(config, (latent, latent), tokens, frozen)
+    weights = sum(a.size for dit in empty_models(config) for _, a in tree_flatten(dit.parameters()))
+    infos = load_infos(model / "transformer")
+    each = compute_dtype().size
+    if mx.default_device() == mx.gpu and any(key.endswith(".scales") for key in infos):
+        full = sum(a.size for a in random_supernet(config).values())
+        each = sum(info.nbytes for info in infos.values()) / full  # packed weights stay packed
+    return TrainingMemory(config, (latent, latent), tokens, int(each * weights))
 
 
 def encode_data(
@@ -121,7 +140,7 @@ def encode_data(
         raise SnapGenError(f"{model} has no text encoder, so captions could not be learned")
     size = load_config(model).get("sampling", {}).get("size", 1024)
     sizes = bucket_sizes(size, DiTConfig.from_dict(load_config(model / "transformer")))
-    vae, key = functools.cache(functools.partial(load_vae, model)), _fingerprint(model / "vae")
+    vae, key = functools.cache(functools.partial(load_vae, model)), fingerprint(model / "vae")
     latents, mirrored = [], [None] * len(parts)
     for part in parts:
         latents.append((yield from cached_latents(vae, key, part, sizes, cache)))
@@ -130,8 +149,7 @@ def encode_data(
     del vae
     mx.clear_cache()
 
-    folders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    key = _fingerprint(*(model / name for name in folders))
+    key = fingerprint(*(model / name for name in TEXT_FOLDERS))
     texts = [text for part in parts for e in part for text in e.captions]
     encoders = yield from cached_states(text_encoders, key, [*texts, *prompts], cache)
     del text_encoders
@@ -143,26 +161,27 @@ def encode_data(
     ]
 
 
-def make_trainer(model: Path, options: ElasticOptions, seed: int) -> ElasticTrainer:
+def make_trainer(model: Path, options: ElasticOptions, seed: int, teacher=None) -> ElasticTrainer:
     """A trainer of all weights of a model folder, in floats, or of LoRA matrices beside them.
 
     Raises SnapGenError for damaged or foreign weights.
     """
-    base = _fingerprint(model / "transformer")
+    make = functools.partial(KDTrainer, teacher=teacher) if teacher else ElasticTrainer
+    base = fingerprint(model / "transformer")
     if not options.lora:
-        config, params = _float_supernet(model)
+        config, params = float_supernet(model)
         for dit, i in zip(empty_models(config), range(len(config.widths)), strict=True):
             assign(dit, slice_flat(params, config, i), model / "transformer")
-        return ElasticTrainer(config, params, options, base=base)
+        return make(config, params, options, base=base)
     config = DiTConfig.from_dict(load_config(model / "transformer"))
     models = [load_dit(model, name) for name in config.variants]
     params = lora_params(config, options.lora, seed)
     for i, dit in enumerate(models):
         attach_lora(dit, slice_flat(params, config, i))
-    return ElasticTrainer(config, params, options, models, base)
+    return make(config, params, options, models, base)
 
 
-def _float_supernet(model: Path) -> tuple[DiTConfig, dict[str, mx.array]]:
+def float_supernet(model: Path) -> tuple[DiTConfig, dict[str, mx.array]]:
     """A quantized model, such as the embedded one, as the floats it stands for."""
     config, params = load_supernet(model)
     return config, dequantize(params, {k: a.shape for k, a in random_supernet(config).items()})
@@ -173,7 +192,7 @@ def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[st
     config = trainer.config
     if trainer.options.lora:
         return {v: lora_change(trainer.bind(i, params)) for i, v in enumerate(config.variants)}
-    change, before = {}, _float_supernet(model)[1]
+    change, before = {}, float_supernet(model)[1]
     for i, name in enumerate(config.variants):
         old, new = (
             {k: a.astype(mx.float32) for k, a in slice_flat(p, config, i).items()}
@@ -183,20 +202,15 @@ def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[st
     return change
 
 
-def _fingerprint(*folders: Path) -> str:
-    """Digest of the contents of all files of a model in some folders."""
-    kinds = (".json", ".safetensors", ".txt", ".model")  # the last two are vocabularies
-    files = [path for folder in folders for path in sorted(folder.glob("*"))]
-    files = [path for path in files if path.suffix in kinds]
-    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
-
-
-def _write_model(model: Path, output: Path, config: DiTConfig, weights: dict) -> None:
-    """A copy of the folder ``model`` with this transformer; config.json, which makes it a model
+def write_model(
+    model: Path, output: Path, config: DiTConfig, weights: dict, sampling: dict | None = None
+) -> None:
+    """A copy of the folder ``model`` with this transformer and ``sampling`` for its own; LoRAs for
+    few steps, which belong to the weights before, are left out. config.json, which makes it a model
     folder, comes last."""
     try:
         for part in model.iterdir():
-            if part.is_dir() and part.name not in ("transformer", "run", "cache"):
+            if part.is_dir() and part.name not in NOT_COPIED:
                 shutil.copytree(part, output / part.name, dirs_exist_ok=True)
             elif part.is_file() and part.name != "config.json":
                 shutil.copy(part, output / part.name)
@@ -204,4 +218,5 @@ def _write_model(model: Path, output: Path, config: DiTConfig, weights: dict) ->
         raise SnapGenError(f"cannot write {output}: {e.strerror or e}") from e
     save_tensors(output / "transformer", weights)
     write_json(output / "transformer" / "config.json", config.to_dict())
-    write_json(output / "config.json", load_config(model))
+    head = load_config(model)
+    write_json(output / "config.json", head | {"sampling": head.get("sampling", {}) | (sampling or {})})
