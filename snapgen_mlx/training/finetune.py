@@ -90,7 +90,8 @@ def finetune(
     weights = without_projectors(trainer.weights.mean)
     change = weight_change(model, trainer, weights)
     yield {f"change/{name}": value for name, value in change.items()}
-    before = initial_params(model, elastic, options.seed)[1]
+    rank = elastic.lora
+    before = lora_params(trainer.config, rank, options.seed) if rank else float_supernet(model)[1]
     if pictures := report.picture_change(trainer, before):
         if not any(pictures.values()):
             raise SnapGenError(
