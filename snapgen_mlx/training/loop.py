@@ -28,6 +28,7 @@ class RunOptions:
     save_minutes: float = 3.0
     log_every: int = 50
     validate_every: int = 500
+    sample_every: int = 500  # steps between pictures of ``report.Report``; 0 for none
 
 
 def train(
@@ -58,7 +59,7 @@ def train(
             f"each of {world.size()} processes"
         )
     settings = asdict(o) | asdict(trainer.options)
-    for name in ("minutes", "save_minutes", "log_every", "validate_every"):
+    for name in ("minutes", "save_minutes", "log_every", "validate_every", "sample_every"):
         settings.pop(name)
     identity = {"options": settings, "data": data.fingerprint, **trainer.identity()}
     step, window = 0, []  # window: metrics since the last record
@@ -118,8 +119,8 @@ def train(
                 save_state(run, step, trainer.state(), {**identity, "window": window})
             saved = time.monotonic()
         if due or last:
-            mark, since = step, time.monotonic()
             yield record | ({"done": done, "stopped": bool(stopped)} if last else {})
+            mark, since = step, time.monotonic()  # without what was done with the record
         if last:
             return
 
@@ -134,6 +135,7 @@ def _check_identity(run, info: dict, identity: dict) -> None:
             "data": "other pictures, captions or latents",
             "model": "a model of other sizes",
             "base": "other weights of the model",
+            "teacher": "another teacher",
         }
         if name == "options":
             differ = [k for k in now if before.get(k) != now[k]]
