@@ -374,7 +374,8 @@ def test_the_command(material, finished):
     change = lines[4].removeprefix("weights changed: ").split(", ")
     assert [c.split()[0] for c in change] == ["tiny", "small", "full"]
     assert all(0.01 < float(c.split()[1]) < 20 for c in change)
-    assert lines[5:] == [f"wrote {output}"]
+    assert lines[5].startswith("pictures changed, in levels of 255: tiny ")
+    assert lines[6:] == [f"wrote {output}"]
     assert names(output) == ["cache", "config.json", "run", "text_encoder", "transformer", "vae"]
     model = material / "model"
     for part in ("config.json", "vae/model.safetensors", "text_encoder/vocab.txt"):
@@ -394,7 +395,8 @@ def test_the_same_command_again(material, finished, tmp_path):
     (output / "transformer" / "model.safetensors").unlink()
     result = invoke(*arguments(material, output))
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["step", "weights", "wrote"]
+    first = [line.split()[0] for line in result.stdout.splitlines()]
+    assert first == ["step", "weights", "pictures", "wrote"]
     assert (output / "transformer" / "model.safetensors").read_bytes() == before
 
 
