@@ -54,6 +54,7 @@ def lora_option(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
     callback=lora_option,
     help="A LoRA of the transformer (safetensors); may be given several times.",
 )
+@click.option("--base", is_flag=True, help="With the base's many steps, where few are the default.")
 @click.option("--text-encoder", help="Another Gemma 3: a folder or Hub id, quantized or not.")
 @click.option("--low-ram", is_flag=True, help="Hold one part of the model at a time; slower.")
 @click.option("--explain", is_flag=True, help="Only print the memory that each width would need.")
@@ -66,6 +67,7 @@ def generate(
     output,
     source,
     loras,
+    base,
     text_encoder,
     low_ram,
     explain,
@@ -82,7 +84,7 @@ def generate(
 
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
-        click.echo(_explanation(model, text_encoder, variant, low_ram, sizes))
+        click.echo(_explanation(model, text_encoder, variant, base, low_ram, sizes))
         return
     if source:
         found = read_metadata(source)
@@ -93,6 +95,7 @@ def generate(
                 raise UsageError(f"{source} was made with --{flag} {names}; give it again")
         prompts, variant = prompts or (found.pop("prompt"),), variant or found.pop("variant")
         seeds = seeds or (found.pop("seed"),)
+        base = base or not found.get("few_step")
         given = {k: found.get(k) if v is None else v for k, v in given.items()} | {
             "shift": found["shift"]
         }
@@ -120,6 +123,7 @@ def generate(
         variant,
         text_encoder=text_encoder,
         loras=loras,
+        base=base,
         low_ram=low_ram,
         keep_encoders=False,
         **{k: given[k] for k in ("width", "height", "guidance")},
@@ -141,7 +145,8 @@ def generate(
         click.echo(f"{written}  {time.perf_counter() - started:.1f} s")
 
 
-def _explanation(model, text_encoder, variant, low_ram, sizes) -> str:
+def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
+    from snapgen_mlx.lora import few_step_lora
     from snapgen_mlx.memory import ModelMemory, Request
     from snapgen_mlx.pipeline import Settings, load_text_encoders, load_vae, resolve_model
     from snapgen_mlx.weights import load_config
@@ -149,7 +154,9 @@ def _explanation(model, text_encoder, variant, low_ram, sizes) -> str:
     from .info import memory_table
 
     folder = resolve_model(model)
-    s = Settings.of(load_config(folder), "any", **sizes)
     memory = ModelMemory(folder, load_vae(folder), load_text_encoders(folder, text_encoder))
+    name = memory.config.variants[-1] if variant in (None, "auto") else variant
+    few_steps = not base and few_step_lora(folder, name) is not None
+    s = Settings.of(load_config(folder), "any", few_steps, **sizes)
     request = Request(s.width, s.height, s.guidance != 1, low_ram)
     return memory_table(memory, request, variant)

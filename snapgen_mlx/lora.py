@@ -23,6 +23,7 @@ PARTS = {
 }
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_unet_")
 LISTED = 5  # keys named in a message
+FEW_STEP = "few_step"  # a model's folder of LoRAs, by width, with which it needs few steps
 
 
 class Update(NamedTuple):
@@ -30,6 +31,12 @@ class Update(NamedTuple):
 
     a: mx.array  # (r, in)
     b: mx.array  # (out, r)
+
+
+def few_step_lora(folder, variant: str) -> Path | None:
+    """The LoRA of a model folder with which a width draws in few steps, if it has one."""
+    path = Path(folder) / FEW_STEP / f"{variant}.safetensors"
+    return path if path.is_file() else None
 
 
 def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) -> dict[str, Update]:

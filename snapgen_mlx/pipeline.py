@@ -15,9 +15,10 @@ from . import __version__
 from .config import DiTConfig
 from .errors import SnapGenError, UsageError
 from .files import atomic_write
+from .lora import few_step_lora
 from .memory import LOW_RAM_TILE, TILE, ModelMemory, Request
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
-from .sampling import Step, denoise, schedule
+from .sampling import FEW_STEPS, Step, denoise, schedule
 from .weights import FORMAT, assign, compute_dtype, load_config, load_dit, load_tensors
 
 PIXEL_MULTIPLE = 64
@@ -150,9 +151,9 @@ class Settings:
             raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
 
     @classmethod
-    def of(cls, config: dict, prompt: str, **given) -> "Settings":
-        """What is not given (or None) comes from a model's config."""
-        sampling = config.get("sampling", {})
+    def of(cls, config: dict, prompt: str, few_steps: bool = False, **given) -> "Settings":
+        """What is not given (or None) comes from a model's config, or is that of few steps."""
+        sampling = config.get("sampling", {}) | (FEW_STEPS if few_steps else {})
         size = sampling.get("size", 1024)
         defaults = {"width": size, "height": size}
         defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
@@ -177,6 +178,7 @@ class Pipeline:
         guidance: float | None = None,
         text_encoder=None,
         loras=(),
+        base: bool = False,
         low_ram: bool = False,
         keep_encoders: bool = True,
     ):
@@ -185,14 +187,15 @@ class Pipeline:
         self.dit_config = DiTConfig.from_dict(load_config(self.folder / "transformer"))
         if text_encoder and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
-        self.text_encoder, self.loras = text_encoder, list(loras)
+        self.text_encoder, self.loras, self.base = text_encoder, list(loras), base
         self.low_ram, self.keep_encoders = low_ram, keep_encoders
         self._texts = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders)
-        if variant in (None, "auto"):
-            largest = self.settings("any", width=width, height=height, guidance=guidance)
-            variant = self.memory.choose(self._request(largest))
         self.variant = variant
+        if variant in (None, "auto"):
+            self.variant = self.dit_config.variants[-1]
+            largest = self.settings("any", width=width, height=height, guidance=guidance)
+            self.variant = self.memory.choose(self._request(largest))
         self.dit  # noqa: B018 (its files are checked now, its weights are read when needed)
 
     @classmethod
@@ -202,16 +205,23 @@ class Pipeline:
         Args: variant, a width's name; None or "auto" is the widest that fits into memory for
             pictures of ``width``, ``height`` (pixels) and ``guidance`` (the model's own when not
             given); text_encoder, a folder or Hub id of another Gemma 3; loras, pairs (LoRA file,
-            scale); low_ram, hold the weights of one phase at a time and decode in smaller tiles;
-            keep_encoders, False frees heavy text encoders after each use.
+            scale); base, draw without the LoRA with which a width needs few steps; low_ram, hold
+            the weights of one phase at a time and decode in smaller tiles; keep_encoders, False
+            frees heavy text encoders after each use.
         Weights are read when they are first used. Raises UsageError for an unknown variant and
         when nothing fits, SnapGenError for damaged or foreign files.
         """
         return cls(resolve_model(source), variant, **options)
 
+    @property
+    def few_step(self) -> Path | None:
+        """The LoRA with which this width draws in few steps, if it is to."""
+        return None if self.base else few_step_lora(self.folder, self.variant)
+
     @cached_property
     def dit(self):
-        return load_dit(self.folder, self.variant, loras=self.loras)
+        few_step = [(self.few_step, 1.0)] if self.few_step else []
+        return load_dit(self.folder, self.variant, loras=[*few_step, *self.loras])
 
     @cached_property
     def vae(self):
@@ -233,7 +243,7 @@ class Pipeline:
 
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
-        return Settings.of(self.config, prompt, **given)
+        return Settings.of(self.config, prompt, bool(self.few_step), **given)
 
     def encode(self, texts: list[str]) -> tuple[dict, dict]:
         """States and masks of texts by encoder name, as ``DiT`` takes them."""
@@ -325,6 +335,7 @@ class Pipeline:
         return {
             **asdict(settings),
             "variant": self.variant,
+            **({"few_step": True} if self.few_step else {}),
             "model": source.get("name", self.folder.name),
             **({"text_encoder": encoder} if encoder else {}),
             **({"loras": _named(self.loras)} if self.loras else {}),
@@ -359,7 +370,8 @@ def read_metadata(path) -> dict:
         with Image.open(path) as image:
             found = json.loads(image.text[METADATA_KEY])
         settings = {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
-        return settings | {k: found[k] for k in ("text_encoder", "loras") if k in found}
+        others = ("few_step", "text_encoder", "loras")
+        return settings | {k: found[k] for k in others if k in found}
     except OSError as e:
         raise SnapGenError(f"cannot read the picture {path}: {e}") from e
     except (AttributeError, KeyError, ValueError, TypeError) as e:

@@ -8,6 +8,9 @@ import mlx.core as mx
 
 from .models.dit import DiT
 
+# What a model distilled by ``training.kdmd`` is sampled with.
+FEW_STEPS = {"steps": 4, "guidance": 1.0, "shift": 3.0}
+
 
 def schedule(steps: int, shift: float = 3.0) -> list[float]:
     """Sigmas from 1 to 0, steps + 1 of them: shift·s / (1 + (shift-1)·s) on linspace(1, 1/N, N).

@@ -206,7 +206,7 @@ def test_a_teacher_with_its_own_text():
     given = np.array(mx.any(masks["toy"], axis=1))
     assert 0 < given.sum() < 8
     t = mx.full(8, 0.5)
-    teacher = Teacher(model, own_text=[other])
+    teacher = Teacher(model, own_text=True)
     ours = teacher.velocity(x0, t, text, masks)
     captions = [i for i in range(8)]
     for i in captions:

@@ -21,6 +21,14 @@ def file_sha256(path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(*folders: Path) -> str:
+    """Digest of the contents of all files of a model in some folders."""
+    kinds = (".json", ".safetensors", ".txt", ".model")  # the last two are vocabularies
+    files = [path for folder in folders for path in sorted(folder.glob("*"))]
+    files = [path for path in files if path.suffix in kinds]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
 def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> None:
     """Write ``arrays`` and ``info`` as the state after ``step``; the oldest beyond two go.
 

@@ -6,42 +6,60 @@ tokens, which a Linear per width, phi, maps the student's to.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
-from ..lora import LoRALinear, Update
+from ..errors import UsageError
+from ..lora import LoRALinear, Update, few_step_lora, load_lora
 from ..models.dit import DiT
+from ..pipeline import load_text_encoders
 from ..sampling import guide
-from .data import LatentDataset, encode_text
+from ..weights import load_config, load_dit
+from .checkpoint import file_sha256, fingerprint
+from .data import LatentDataset, cached_states, encode_text
 from .elastic import ElasticOptions, ElasticTrainer
 
 # Of the states of a teacher's own text encoders, among those of the student's.
 TEACHER = "teacher/"
 PROJECTOR = "projector"
+TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 class Teacher:
     """A frozen SnapGen++ model of one width.
 
     Any model with these methods can teach: its velocities are of the student's latents, its
-    features tokens of any grid and size, and ``encoders`` the text encoders that it needs beside
-    the student's. Args: few_step, the updates of a LoRA that makes it a 4-step model; own_text,
-    its text encoders when it does not read the student's.
+    tokens of any grid and of ``features`` channels. Args: few_step, the updates of a LoRA that
+    makes it a 4-step model; own_text, the model folder whose text encoders it reads, if these are
+    not the student's; fingerprint, what a run's state and cached texts of it belong to.
     """
 
-    def __init__(self, model: DiT, few_step: dict[str, Update] | None = None, own_text=()):
-        self.encoders = list(own_text)
-        self._models = {False: model, True: few_step and with_lora(model, few_step)}
+    def __init__(
+        self,
+        model: DiT,
+        few_step: dict[str, Update] | None = None,
+        own_text: Path | None = None,
+        fingerprint: str = "",
+    ):
+        self.own_text, self.fingerprint = own_text, fingerprint
         self.features = model.config.hidden_size
+        self._names = list(model.config.text_dims)
+        self._models = {False: model, True: few_step and with_lora(model, few_step)}
 
     @property
     def is_few_step(self) -> bool:
         return bool(self._models[True])
+
+    def text_encoders(self) -> list:
+        """Those that it needs beside the student's."""
+        return load_text_encoders(self.own_text) if self.own_text else []
 
     def velocity(self, x_t, t, text, masks, guidance: float = 1.0) -> mx.array:
         """Velocity (B, H, W, C) float32 at x_t, t (B,); guided against the empty text."""
@@ -63,11 +81,11 @@ class Teacher:
 
     def _text(self, text: dict, masks: dict) -> tuple[dict, dict]:
         """What it reads: its own states, but for samples whose text the student is not given."""
-        if not self.encoders:
+        if not self.own_text:
             return text, masks
         given = [mask for name, mask in masks.items() if not name.startswith(TEACHER)]
         given = mx.any(mx.concatenate(given, axis=1), axis=1, keepdims=True)
-        names = [encoder.name for encoder in self.encoders]
+        names = [name for name in self._names if TEACHER + name in text]
         return (
             {name: text[TEACHER + name] for name in names},
             {name: masks[TEACHER + name] & given for name in names},
@@ -95,8 +113,28 @@ def velocity_and_tokens(model: DiT, x_t, t, text, masks) -> tuple[mx.array, mx.a
     return model.head(tokens, time).astype(mx.float32), tokens.astype(mx.float32)
 
 
+def load_teacher(folder, student, few_step=None) -> Teacher:
+    """A model folder's full width as a teacher of the model folder ``student``.
+
+    few_step: the file of a LoRA that makes it a 4-step model; one that lies in its folder is taken
+    when None. Raises SnapGenError for damaged files and UsageError for a teacher of other latents.
+    """
+    folder, student = Path(folder), Path(student)
+    if load_config(folder / "vae") != load_config(student / "vae"):
+        raise UsageError(f"{folder} has another autoencoder than {student}, and cannot teach it")
+    config = DiTConfig.from_dict(load_config(folder / "transformer"))
+    few_step = few_step or few_step_lora(folder, config.variants[-1])
+    updates = few_step and load_lora(few_step, config, len(config.widths) - 1)
+    theirs, ours = ([path / name for name in TEXT_FOLDERS] for path in (folder, student))
+    own_text = folder if fingerprint(*theirs) != fingerprint(*ours) else None
+    digest = fingerprint(folder / "transformer", *theirs)
+    if few_step:
+        digest += file_sha256(few_step)
+    return Teacher(load_dit(folder), updates, own_text, digest)
+
+
 class TaughtDataset(LatentDataset):
-    """``data`` whose captions come also as a teacher's own ``encoders`` read them, never dropped."""
+    """``data`` whose captions come also as a teacher's ``encoders`` read them, never dropped."""
 
     def __init__(self, data: LatentDataset, encoders: list):
         super().__init__(data.latents, data.captions, data.encoders, data.mirrored)
@@ -106,6 +144,16 @@ class TaughtDataset(LatentDataset):
         own, theirs = super().text(prompts), encode_text(self.taught, prompts)
         named = ({TEACHER + k: a for k, a in d.items()} for d in theirs)
         return tuple(a | b for a, b in zip(own, named, strict=True))
+
+
+def teach(teacher, sets: list[LatentDataset], cache: Path) -> Iterator[dict]:
+    """``sets`` with captions as the teacher reads them too; yields as ``data.cached_states``."""
+    encoders = teacher.text_encoders()
+    if not encoders:
+        return sets
+    texts = [text for data in sets for captions in data.captions for text in captions]
+    states = yield from cached_states(encoders, teacher.fingerprint, texts, cache)
+    return [TaughtDataset(data, states) for data in sets]
 
 
 def alpha(t: mx.array) -> mx.array:
@@ -167,6 +215,7 @@ class KDTrainer(ElasticTrainer):
             phi = projector(int(config.hidden_size * config.widths[i]), teacher.features, key)
             params = params | {f"{PROJECTOR}.{i}.{name}": a for name, a in phi.items()}
         super().__init__(config, params, options, models, base)
+        self.teacher = teacher
         self._outputs = mx.compile(partial(_outputs, teacher))
 
     def guides(self, x_t, t, text, masks) -> dict[str, mx.array]:
@@ -186,6 +235,9 @@ class KDTrainer(ElasticTrainer):
 
     def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
         return super()._bind(index, without_projectors(own))
+
+    def identity(self) -> dict:
+        return super().identity() | {"teacher": self.teacher.fingerprint}
 
 
 def _outputs(teacher, x_t, t, text, masks) -> dict[str, mx.array]:

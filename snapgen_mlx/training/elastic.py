@@ -187,9 +187,9 @@ class ElasticTrainer:
 
     def release(self) -> None:
         """Let go of the arrays that ``bind`` put into the models: compiled steps bind no others."""
-        for i, model in enumerate(self.models):
+        for i in range(len(self.models)):
             own = slice_flat(self.weights.params, self.config, i)
-            model.update(tree_unflatten([(k, mx.array(0.0)) for k in own]))
+            self._bind(i, dict.fromkeys(own, mx.array(0.0)))
 
     def objective(self, index, own, batch, target, guide):
         """What a width minimises, the losses to be reported, and its velocity.

@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..lora import FEW_STEP
 from ..memory import TEXT_TOKENS
 from ..models.elastic import random_supernet, slice_flat
 from ..pipeline import load_text_encoders, load_vae
 from ..weights import (
-    FEW_STEP,
     assign,
     compute_dtype,
     dequantize,
@@ -220,4 +220,6 @@ def write_model(
     save_tensors(output / "transformer", weights)
     write_json(output / "transformer" / "config.json", config.to_dict())
     head = load_config(model)
-    write_json(output / "config.json", head | {"sampling": head.get("sampling", {}) | (sampling or {})})
+    write_json(
+        output / "config.json", head | {"sampling": head.get("sampling", {}) | (sampling or {})}
+    )

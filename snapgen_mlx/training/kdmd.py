@@ -18,7 +18,7 @@ from PIL import Image
 from ..errors import SnapGenError
 from ..files import atomic_write
 from ..models.dit import DiT
-from ..sampling import schedule
+from ..sampling import FEW_STEPS, schedule
 from ..weights import compute_dtype
 from .distill import (
     PROJECTOR,
@@ -31,8 +31,8 @@ from .distill import (
 from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise
 from .lora import lora_params
 
-SIGMAS = schedule(4)
-SHIFT = 3.0
+SHIFT = FEW_STEPS["shift"]
+SIGMAS = schedule(FEW_STEPS["steps"], SHIFT)
 TAU_RANGE = (0.02, 0.98)
 BINS = 4  # of tau, in which the critic's loss is reported
 

@@ -1,0 +1,89 @@
+"""Distilling one width of a model folder into four steps: teacher, data, run, LoRA."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import SnapGenError, UsageError
+from ..lora import fuse_lora, load_lora
+from ..models.elastic import slice_flat
+from ..pipeline import load_vae
+from ..sampling import FEW_STEPS
+from ..weights import load_dit
+from .checkpoint import fingerprint
+from .data import Example, LatentDataset
+from .distill import Teacher, teach
+from .finetune import LORA, check_output, encode_data, float_supernet, write_model
+from .kdmd import SEEDS, KDMDOptions, KDMDTrainer, Watch
+from .loop import LOG, RunOptions, train
+from .lora import attach_lora, lora_change, lora_params, save_lora
+from .report import can_plot, plot_losses
+
+CAPTIONS = 4  # that a run is watched by
+
+
+def distill_few_steps(
+    model,
+    variant: str,
+    teacher: Teacher,
+    examples: list[Example],
+    output,
+    options: RunOptions,
+    kdmd: KDMDOptions,
+    fuse: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[dict]:
+    """Distil a width of ``model`` into four unguided steps; yields the records of ``loop.train``.
+
+    Captions come from ``examples``; their pictures count with ``noised_real`` alone. Writes
+    ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
+    unless ``stop`` ended the run. The run's state lies in ``output/run``, with ``Watch``'s pictures
+    in its grids. Records before and after it are those of ``finetune``. Raises UsageError for
+    K-DMD with a teacher that lacks a few-step LoRA, SnapGenError for a run that fails.
+    """
+    model, output = Path(model), Path(output)
+    check_output(model, output)
+    if kdmd.loss != "dmd" and not teacher.is_few_step:
+        raise UsageError(
+            "the teacher has no few-step LoRA to learn from; make one with --loss dmd at its full "
+            "width, then give it as --few-step-lora"
+        )
+    dit = load_dit(model, variant)
+    attach_lora(dit, lora_params(dit.config, kdmd.rank))
+    (data,) = yield from encode_data(model, [examples], output / "cache")
+    sets = yield from teach(teacher, [data, to_watch(data)], output / "cache")
+    run = output / "run"
+    prints = {"base": fingerprint(model / "transformer"), "teacher": teacher.fingerprint}
+    watch = Watch(load_vae(model), run / "grids")
+    trainer = KDMDTrainer(dit, teacher, kdmd, options.seed, prints, watch)
+    for record in train(trainer, sets[0], run, options, sets[1], stop):
+        yield record
+        if can_plot() and ("done" in record or "val/std" in record):
+            plot_losses(run / LOG, run / "loss.png")
+    if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
+        return
+
+    change = lora_change(trainer.bind(trainer.lora))
+    if not change:
+        raise SnapGenError(
+            f"{record['step']} steps changed no weight, so nothing was written; train for longer "
+            "or with a higher learning rate"
+        )
+    yield {f"change/{variant}": change}
+    save_lora(output / LORA, trainer.lora)
+    if fuse:
+        config, params = float_supernet(model)
+        index = config.variant_index(variant)
+        updates = load_lora(output / LORA, config, index)
+        weights = fuse_lora(slice_flat(params, config, index), updates)
+        write_model(model, output, dit.config, weights, FEW_STEPS)
+
+
+def to_watch(data: LatentDataset) -> LatentDataset:
+    """A few captions of ``data``, evenly spread, each SEEDS times in a row."""
+    rows = data.buckets[0]
+    n = min(CAPTIONS, len(rows))
+    rows = [rows[i * len(rows) // n] for i in range(n) for _ in range(SEEDS)]
+    latents, captions = ([a[i] for i in rows] for a in (data.latents, data.captions))
+    return LatentDataset(latents, captions, data.encoders)
