@@ -1,4 +1,4 @@
-"""Arguments that commands share: a model that may be left out, and pictures with captions."""
+"""What commands share: a model that may be left out, and pictures with captions."""
 
 import click
 
@@ -39,3 +39,9 @@ def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) 
     if bad:
         echo(f"{folder}: left out {len(bad)} pictures: {shorten(bad)}", err=True)
     return examples
+
+
+def encoded(record: dict) -> str:
+    """One line of a record of ``encode_data``."""
+    what = "pictures" if "pictures" in record else "captions"
+    return f"encoded {record['encoded']} of {record[what]} {what}"

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from .arguments import data_options, model_argument, read_pictures
+from .arguments import data_options, encoded, model_argument, read_pictures
 
 
 @click.command("eval")
@@ -37,24 +37,31 @@ def eval(model, data, caption, skip_bad, variants, steps, guidance, count, path)
 
     names = variants.split(",") if variants else None
     examples = read_pictures(data, caption, skip_bad)
-    records = evaluate(model, examples, names, steps, guidance, count)
-    result = next(records)
-    click.echo("pictures {pictures}, concepts {concepts}".format(**result))
-    if count and not result["drawn"]:
-        click.echo("all pictures show one concept, so alignment is not measured")
-    if result["drawn"]:
-        line = "at each width {drawn} drawn with {steps} steps, guidance {guidance:g}"
-        click.echo(line.format(**result))
-        click.echo(f"{'':<12}{'loss':>8}{'nearest':>12}{'in 5':>12}")
-        click.echo(row("chance", result["chance"]))
-    result["variants"] = {}
-    for record in records:
-        name = record.pop("variant")
-        result["variants"][name] = record
-        click.echo(row(name, record))
+    for record in evaluate(model, examples, names, steps, guidance, count):
+        if "encoded" in record:
+            click.echo(encoded(record), err=True)
+        elif "concepts" in record:
+            result = record | {"variants": {}}
+            click.echo(headline(record, count))
+        else:
+            name = record.pop("variant")
+            result["variants"][name] = record
+            click.echo(row(name, record))
     if path:
         with atomic_write(path) as tmp:
             tmp.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def headline(record: dict, count: int) -> str:
+    """What is measured, and the first rows of the table."""
+    lines = ["pictures {pictures}, concepts {concepts}".format(**record)]
+    if record["drawn"]:
+        drawn = "at each width {drawn} drawn with {steps} steps, guidance {guidance:g}"
+        titles = f"{'':<12}{'loss':>8}{'nearest':>12}{'in 5':>12}"
+        lines += [drawn.format(**record), titles, row("chance", record["chance"])]
+    elif count:
+        lines.append("all pictures show one concept, so alignment is not measured")
+    return "\n".join(lines)
 
 
 def row(name: str, record: dict) -> str:

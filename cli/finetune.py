@@ -9,7 +9,7 @@ import time
 
 import click
 
-from .arguments import data_options, model_argument, read_pictures
+from .arguments import data_options, encoded, model_argument, read_pictures
 
 
 @click.command()
@@ -122,8 +122,7 @@ def finetune(
             records = run(model, sets[0], output, options, elastic, *sets[1:], flip=flip, stop=stop)
             for record in records:
                 if "encoded" in record:
-                    what = "pictures" if "pictures" in record else "captions"
-                    echo(f"encoded {record['encoded']} of {record[what]} {what}")
+                    echo(encoded(record))
                 elif "step" in record:
                     last = record
                     started = started or time.monotonic()

@@ -5,17 +5,20 @@ was asked for: its nearest real picture, by squared distance of autoencoder late
 the prompted concept.
 """
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from .pipeline import Pipeline, Settings
-from .training.data import Example, LatentDataset, encode_images
+from .training.data import Example, encode_images
 from .training.elastic import validation_loss
+from .training.finetune import encode_data
 from .training.loop import fixed_batches
 
-BATCH_PIXELS = 2**20  # encoded, or validated, at once
+BATCH_PIXELS = 2**20  # validated at once
 
 
 def evaluate(
@@ -30,10 +33,11 @@ def evaluate(
 
     For alignment ``count`` of the examples, or all where there are fewer, are drawn from their
     first captions, always the same ones from the same noise, and compared with all of them; none
-    when all show one concept. Yields first what is measured: ``pictures``, ``concepts``, ``drawn``,
-    ``steps``, ``guidance`` and, when any is drawn, the shares by ``chance``. Then for each of
-    ``variants`` (all when None) its name as ``variant``, its ``loss`` and its ``shares``. Raises
-    UsageError for an unknown variant or a picture that does not fit into memory.
+    when all show one concept. Yields first the records of ``encode_data``; then what is measured:
+    ``pictures``, ``concepts``, ``drawn``, ``steps``, ``guidance`` and, when any is drawn, the
+    shares by ``chance``; then for each of ``variants`` (all when None) its name as ``variant``,
+    its ``loss`` and its ``shares``. Raises UsageError for an unknown variant, or a picture that
+    does not fit into memory.
     """
     pipe = Pipeline.load(model, variants and variants[0], guidance=guidance, keep_encoders=False)
     variants = variants or pipe.dit_config.variants
@@ -46,20 +50,18 @@ def evaluate(
     given = dict(steps=steps, guidance=guidance)
     jobs = [pipe.settings(examples[i].captions[0], seed=s, **given) for s, i in enumerate(chosen)]
     s = pipe.settings("any", **given)
+    if jobs:
+        pipe.prepare(jobs)
+    pipe.free("encoders", "dit")
+    with tempfile.TemporaryDirectory() as cache:
+        (data,) = yield from encode_data(pipe.folder, [examples], Path(cache))
+        fixed = list(fixed_batches(data, max(1, BATCH_PIXELS // (s.width * s.height))))
+        mx.eval(fixed)
     header = {"pictures": len(examples), "concepts": n, "drawn": count}
     header |= {"steps": s.steps, "guidance": s.guidance}
     yield header | ({"chance": chance(n)} if count else {})
-
-    batch = max(1, BATCH_PIXELS // (s.width * s.height))
-    latents = encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width), batch)
-    pipe.free("vae")
-    captions = [e.captions for e in examples]
-    fixed = list(fixed_batches(LatentDataset(latents, captions, pipe.encoders), batch))
-    mx.eval(fixed)
     if jobs:
-        pipe.prepare(jobs)
-    pipe.free("encoders")
-    real = latents.reshape(len(latents), -1)
+        real = _square_latents(pipe, data.latents, examples, s)
     for name in variants:
         pipe.free("dit")
         pipe.variant = name
@@ -69,6 +71,15 @@ def evaluate(
             record |= shares(ranks(drawn, [concepts[i] for i in chosen], real, concepts))
         record["loss"] = validation_loss(pipe.dit, fixed)
         yield record
+
+
+def _square_latents(pipe: Pipeline, latents: list, examples: list[Example], s: Settings):
+    """Flat latents of the pictures in the size that is drawn; ``latents`` where they have it."""
+    shape = s.height // 8, s.width // 8
+    if any(a.shape[:2] != shape for a in latents):
+        latents = encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width))
+        pipe.free("vae")
+    return np.stack(latents).reshape(len(latents), -1)
 
 
 def draw_latents(pipe: Pipeline, jobs: list[Settings]) -> np.ndarray:
