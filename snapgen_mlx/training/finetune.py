@@ -128,13 +128,13 @@ def training_memory(model: Path) -> TrainingMemory:
 
 
 def encode_data(
-    model: Path, parts: list[list[Example]], cache: Path, flip: bool = False, prompts=()
+    model: Path, parts: list[list[Example]], cache: Path, flip: bool = False
 ) -> Iterator[dict]:
     """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
 
-    Each holds the text states of all captions and of ``prompts``; the first alone is flipped.
-    Yields a record after each batch encoded. The encoders are freed one after the other. Raises
-    SnapGenError for a model without text encoder.
+    The first part alone is flipped. Yields a record after each batch encoded. Autoencoder and text
+    encoders are in memory one after the other, and no longer. Raises SnapGenError for a model
+    without text encoder.
     """
     text_encoders = load_text_encoders(model)
     if not text_encoders:
@@ -152,7 +152,7 @@ def encode_data(
 
     key = fingerprint(*(model / name for name in TEXT_FOLDERS))
     texts = [text for part in parts for e in part for text in e.captions]
-    encoders = yield from cached_states(text_encoders, key, [*texts, *prompts], cache)
+    encoders = yield from cached_states(text_encoders, key, texts, cache)
     del text_encoders
     mx.clear_cache()
     captions = [[e.captions for e in part] for part in parts]
