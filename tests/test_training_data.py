@@ -709,7 +709,7 @@ def test_finetuning_on_pictures_of_several_shapes(tmp_path):
     """From the command on: encoded once, mirrored, and not again when it is resumed."""
     model = write_tiny_model(tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
-    config["sampling"]["size"] = 192
+    config["sampling"] |= {"size": 192, "steps": 1, "guidance": 1.0}
     (model / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     for i, shape in enumerate([(50, 100), (100, 50), (60, 60)]):
