@@ -25,7 +25,7 @@ CAPTIONS = 4  # that a run is watched by
 
 def distill_few_steps(
     model,
-    variant: str,
+    variant: str | None,
     teacher: Teacher,
     examples: list[Example],
     output,
@@ -34,7 +34,7 @@ def distill_few_steps(
     fuse: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Distil a width of ``model`` into four unguided steps; yields the records of ``loop.train``.
+    """Distil a width of ``model``, the widest when None, into four unguided steps; yields the records of ``loop.train``.
 
     Captions come from ``examples``; their pictures count with ``noised_real`` alone. Writes
     ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
@@ -50,6 +50,7 @@ def distill_few_steps(
             "width, then give it as --few-step-lora"
         )
     dit = load_dit(model, variant)
+    variant = dit.config.variants[0]
     attach_lora(dit, lora_params(dit.config, kdmd.rank))
     (data,) = yield from encode_data(model, [examples], output / "cache")
     sets = yield from teach(teacher, [data, to_watch(data)], output / "cache")

@@ -1,0 +1,162 @@
+"""``snapgen-mlx distill``: learn from a teacher, or into four steps."""
+
+import click
+from click.core import ParameterSource
+
+from .arguments import data_options, model_argument, read_pictures
+from .finetune import follow
+
+OF_KD = ("validation", "subnets", "lora")
+OF_KDMD = (
+    *("variant", "few_step_lora", "loss", "rank", "critic_steps", "guidance", "noised_real"),
+    "fuse",
+)
+RATES = {"kd": 1e-4, "kdmd": 5e-5}
+
+
+@click.command()
+@model_argument
+@click.argument("data", type=click.Path(file_okay=False))
+@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New folder.")
+@click.option(
+    "--method",
+    required=True,
+    type=click.Choice(["kd", "kdmd"]),
+    help="kd: many steps, all widths; kdmd: four steps, one width.",
+)
+@click.option("--teacher", help="Model folder or Hub id; its full width teaches  [default: MODEL].")
+@data_options
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Parts that a batch goes through in, one after the other: less memory.",
+)
+@click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    help="[default: 1e-4 for kd, 5e-5 for kdmd]",
+)
+@click.option("--warmup", type=click.IntRange(0), default=20, show_default=True, help="Steps.")
+@click.option(
+    "--sample-every",
+    type=click.IntRange(1),
+    default=500,
+    show_default=True,
+    help="Steps from one grid of sample pictures to the next.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--validation", type=click.Path(file_okay=False), help="kd: held-out pictures.")
+@click.option(
+    "--subnets",
+    type=click.Choice(["one", "all"]),
+    default="one",
+    show_default=True,
+    help="kd: narrower widths trained in a step beside the full one.",
+)
+@click.option("--lora", type=click.IntRange(1, 1024), help="kd: train a LoRA of this rank.")
+@click.option("--variant", help="kdmd: the width to distil  [default: the widest].")
+@click.option(
+    "--few-step-lora",
+    type=click.Path(exists=True, dir_okay=False),
+    help="kdmd: of the teacher  [default: the one in its folder].",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["kdmd", "dmd", "kd"]),
+    default="kdmd",
+    show_default=True,
+    help="kdmd: dmd needs no few-step LoRA; kd follows the few-step teacher alone.",
+)
+@click.option("--rank", type=click.IntRange(1, 1024), default=64, show_default=True, help="kdmd.")
+@click.option(
+    "--critic-steps",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="kdmd: steps of the critic to one of the student.",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(0),
+    default=4.0,
+    show_default=True,
+    help="kdmd: of the teacher.",
+)
+@click.option("--noised-real", is_flag=True, help="kdmd: start from DATA's pictures with noise.")
+@click.option("--fuse", is_flag=True, help="kdmd: make OUTPUT a 4-step model of this width too.")
+def distill(
+    model,
+    data,
+    output,
+    method,
+    teacher,
+    caption,
+    skip_bad,
+    minutes,
+    batch,
+    sample_every,
+    seed,
+    learning_rate,
+    validation,
+    variant,
+    few_step_lora,
+    fuse,
+    **options,
+):
+    """Train MODEL to do what a teacher does, on the captions and pictures in DATA.
+
+    MODEL is a folder, a Hub id, or nothing for the embedded model; DATA is as for finetune.
+
+    kd trains all widths of MODEL, as finetune does, and makes OUTPUT a model. kdmd makes a LoRA,
+    OUTPUT/lora.safetensors, with which one width of MODEL draws in four steps without guidance.
+    As few_step/VARIANT.safetensors in MODEL it is used from then on. The run's state, log and
+    pictures are kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it stopped.
+    """
+    context = click.get_current_context()
+    for name in OF_KDMD if method == "kd" else OF_KD:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
+    import mlx.core as mx
+
+    from snapgen_mlx.pipeline import resolve_model
+    from snapgen_mlx.training.distill import KDOptions, load_teacher
+    from snapgen_mlx.training.few_steps import distill_few_steps
+    from snapgen_mlx.training.finetune import finetune
+    from snapgen_mlx.training.kdmd import KDMDOptions
+    from snapgen_mlx.training.loop import RunOptions
+
+    def echo(line, **where):
+        if mx.distributed.init().rank() == 0:
+            click.echo(line, **where)
+
+    Options = KDOptions if method == "kd" else KDMDOptions
+    fields = Options.__dataclass_fields__
+    options = Options(
+        learning_rate=learning_rate or RATES[method],
+        **{k: v for k, v in options.items() if k in fields},
+    )
+    run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
+    run.sample_every = run.validate_every = sample_every
+
+    def start(stop):
+        examples = read_pictures(data, caption, skip_bad, echo)
+        held_out = validation and read_pictures(validation, caption, skip_bad, echo)
+        source = resolve_model(model)
+        taught = load_teacher(resolve_model(teacher) if teacher else source, source, few_step_lora)
+        if method == "kd":
+            return finetune(
+                source, examples, output, run, options, held_out, stop=stop, teacher=taught
+            )
+        run.text_dropout = 0.0  # without guidance the empty text is never asked for
+        return distill_few_steps(
+            source, variant, taught, examples, output, run, options, fuse, stop
+        )
+
+    follow(start, options.steps, run, echo)
+    echo(f"wrote {output}")
