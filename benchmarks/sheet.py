@@ -4,14 +4,13 @@ Nothing is picked: the prompts stand below, several of them phrased as no traini
 """
 
 import argparse
-import textwrap
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from snapgen_mlx.files import atomic_write
 from snapgen_mlx.pipeline import Pipeline
+from snapgen_mlx.training.report import picture_grid
 
 PROMPTS = """
 a smiling cat; a happy kitty; a red apple; a rocket; a slice of pizza; a green book
@@ -23,7 +22,8 @@ a car; a bicycle; an airplane; a sailboat; a house; a castle
 a guitar; a soccer ball; a trophy; a key; a light bulb; a camera
 a sunflower; a cactus; a christmas tree; a flat icon of a rocket; a flat icon of a cat; a tulip
 """
-CELL, COLUMNS, LABEL = 96, 12, 26
+VARIANTS = ["tiny", "small", "full"]
+CELL, COLUMNS = 96, 12
 
 
 def main():
@@ -34,23 +34,25 @@ def main():
     parser.add_argument("--guidance", type=float)
     args = parser.parse_args()
     prompts = [p.strip() for p in PROMPTS.replace("\n", ";").split(";") if p.strip()]
-    variants = ["tiny", "small", "full"]
-    rows = len(prompts) // COLUMNS
-    height = LABEL + len(variants) * CELL
-    sheet = Image.new("RGB", (COLUMNS * CELL, rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, prompt in enumerate(prompts):
-        x, y = i % COLUMNS * CELL, i // COLUMNS * height
-        draw.text((x + 3, y + 2), "\n".join(textwrap.wrap(prompt, 15)[:2]), "black", font_size=10)
-    for v, variant in enumerate(variants):
+    pictures = {}
+    for variant in VARIANTS:
         pipe = Pipeline.load(args.model, variant)
-        for i, prompt in enumerate(prompts):
-            image = pipe.generate(prompt, seed=0, steps=args.steps, guidance=args.guidance)
-            x, y = i % COLUMNS * CELL, i // COLUMNS * height + LABEL + v * CELL
-            sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+        how = {"seed": 0, "steps": args.steps, "guidance": args.guidance}
+        images = [pipe.generate(prompt, **how) for prompt in prompts]
+        size = (CELL, CELL)
+        pictures[variant] = [i.resize(size, Image.Resampling.LANCZOS) for i in images]
+    bands = []
+    for i in range(0, len(prompts), COLUMNS):
+        rows = {variant: images[i : i + COLUMNS] for variant, images in pictures.items()}
+        bands.append(picture_grid(rows, prompts[i : i + COLUMNS]))
+    sheet = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
+    top = 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
     with atomic_write(args.out) as tmp:
         sheet.save(tmp, quality=88)
-    print(f"{len(prompts)} prompts x {variants}, {np.array(sheet).shape[:2]} pixels: {args.out}")
+    print(f"{len(prompts)} prompts x {VARIANTS}, {sheet.width}x{sheet.height} pixels: {args.out}")
 
 
 if __name__ == "__main__":

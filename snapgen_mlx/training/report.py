@@ -136,9 +136,10 @@ def plot_losses(log, path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, points in sorted(curves.items()):
         kind, _, width = name.partition("/")
-        style = {"alpha": 0.4} if kind == "loss" else {"marker": "."}
-        label = width if kind == "loss" else f"{width}, validation"
-        axes.plot(*zip(*points, strict=True), color=f"C{widths.index(width)}", label=label, **style)
+        style = {"alpha": 0.4, "markersize": 2} if kind == "loss" else {}
+        style |= {"label": width if kind == "loss" else f"{width}, validation"}
+        axes.plot(*zip(*points, strict=True), f"C{widths.index(width)}.-", **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as tmp:
