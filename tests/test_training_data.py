@@ -20,6 +20,7 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.static_text import StaticText
 from snapgen_mlx.pipeline import embedded_model
 from snapgen_mlx.training import data as module
+from snapgen_mlx.training.checkpoint import fingerprint
 from snapgen_mlx.training.data import (
     LatentDataset,
     bucket_sizes,
@@ -560,6 +561,16 @@ def test_text_states_are_encoded_once(tmp_path, dtype):
             file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
         cached, encoded, _ = states()
         assert encoded == 301 and same_text(encoders[0], cached[0], texts[:9])
+
+
+def test_a_vocabulary_is_part_of_the_key(tmp_path):
+    folders = [write_tiny_model(tmp_path / "model") / name for name in ("text_encoder", "none")]
+    before = fingerprint(*folders)
+    (folders[0] / ".DS_Store").write_bytes(b"x")
+    assert fingerprint(*folders) == before
+    with open(folders[0] / "vocab.txt", "a") as f:
+        f.write("blue\n")
+    assert fingerprint(*folders) != before
 
 
 def test_text_states_that_are_gone(tmp_path):
