@@ -7,6 +7,7 @@ the prompted concept.
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -53,8 +54,9 @@ def evaluate(
     if jobs:
         pipe.prepare(jobs)
     pipe.free("encoders", "dit")
+    measured = [replace(e, captions=e.captions[:1]) for e in examples]
     with tempfile.TemporaryDirectory() as cache:
-        (data,) = yield from encode_data(pipe.folder, [examples], Path(cache))
+        (data,) = yield from encode_data(pipe.folder, [measured], Path(cache))
         fixed = list(fixed_batches(data, max(1, BATCH_PIXELS // (s.width * s.height))))
         mx.eval(fixed)
     header = {"pictures": len(examples), "concepts": n, "drawn": count}
