@@ -1,6 +1,6 @@
 """Does the picture show what was asked? Nearest real picture in autoencoder latents.
 
-    python -m benchmarks.alignment DATA [-m MODEL] [--count 200] [--json FILE]
+    python -m benchmarks.alignment DATA [-m MODEL] [--lora FILE] [--count 200] [--json FILE]
 
 DATA is the folder that ``benchmarks.embedded.data`` writes. As ``snapgen-mlx eval``, but pictures
 are drawn from held-out phrasings, and from held-out (concept, style) pairs, and compared with all
@@ -32,6 +32,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("-m", "--model")
+    parser.add_argument("--lora")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
@@ -60,7 +61,8 @@ def main():
     result["ceiling"] = shares(ranks(again, concepts[-len(z) :], real, concepts))
 
     for variant in args.variants:
-        pipe = Pipeline.load(args.model, variant)
+        loras = [(args.lora, 1.0)] if args.lora else []
+        pipe = Pipeline.load(args.model, variant, loras=loras)
         result[variant] = {}
         for name, rows in sets.items():
             started = time.perf_counter()
