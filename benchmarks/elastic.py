@@ -1,6 +1,6 @@
 """Elastic against standalone training, in small (the paper's Table 1).
 
-    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 600]
+    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400]
 
 DATA is the folder that ``benchmarks.embedded.data`` writes; the embedded model's autoencoder and
 text encoder read it. Each arm trains a small transformer once per seed: all from the same
@@ -35,7 +35,7 @@ from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
 from snapgen_mlx.training.loop import LOG, RunOptions, train
 from snapgen_mlx.weights import write_json
 
-SIZE = (128, 128)  # pixels of a picture
+SIZE = (64, 64)  # pixels of a picture: half the embedded model's, at one latent position a token
 WIDTHS = ["tiny", "small", "full"]
 STANDALONE = [f"standalone-{name}" for name in WIDTHS]
 ELASTIC = {"elastic": {}, "unscaled": {"adaptive": False}, "undistilled": {"distill": 0.0}}
@@ -46,7 +46,7 @@ def geometry(hidden: int) -> DiTConfig:
     """The embedded model's with ``hidden`` channels in 8 heads and four layers."""
     sizes = dict(hidden_size=hidden, head_dim=hidden // 8, num_heads=8, num_kv_heads=8)
     text = dict(cross_kv_heads=4, caption_dim=hidden, text_dims={"static": 128})
-    return DiTConfig(**sizes, **text, layers=[1, 2, 1], bna_blocks=4)
+    return DiTConfig(**sizes, **text, layers=[1, 2, 1], bna_blocks=4, patch_size=1)
 
 
 def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
@@ -153,10 +153,10 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=128, help="channels, a multiple of 32")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--hidden", type=int, default=96, help="channels, a multiple of 32")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
 
     config = geometry(args.hidden)
