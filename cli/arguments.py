@@ -43,5 +43,7 @@ def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) 
 
 def encoded(record: dict) -> str:
     """One line of a record of ``encode_data``."""
+    if "drawn" in record:
+        return f"drew {record['drawn']} of {record['prompts']} prompts"
     what = "pictures" if "pictures" in record else "captions"
     return f"encoded {record['encoded']} of {record[what]} {what}"

@@ -21,6 +21,11 @@ from .arguments import data_options, encoded, model_argument, read_pictures
 @data_options
 @click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
 @click.option("--flip", is_flag=True, help="Mirror pictures at random.")
+@click.option(
+    "--prior",
+    type=click.File(encoding="utf-8"),
+    help="Prompts, one a line, whose pictures by MODEL are learned too: it forgets less.",
+)
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
@@ -70,6 +75,7 @@ def finetune(
     skip_bad,
     validation,
     flip,
+    prior,
     minutes,
     batch,
     sample_every,
@@ -113,31 +119,44 @@ def finetune(
     )
     if not can_plot():
         echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
+
+    def start(stop):
+        folders = [folder for folder in (data, validation) if folder]
+        sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
+        source = resolve_model(model)
+        prompts = [line.strip() for line in prior if line.strip()] if prior else None
+        more = dict(flip=flip, prior=prompts, stop=stop)
+        return run(source, sets[0], output, options, elastic, *sets[1:], **more)
+
+    follow(start, elastic.steps, options, echo)
+    echo(f"wrote {output}")
+
+
+def follow(start, steps: int, options, echo) -> None:
+    """Print the records of a training, which ``start`` gives when it is told how to ask whether to
+    stop. Exits as signals do when it was stopped."""
+    started, context = None, click.get_current_context()
     with awake(), Stop() as stop:
         try:
-            folders = [folder for folder in (data, validation) if folder]
-            sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
-            started = None
-            model = resolve_model(model)
-            records = run(model, sets[0], output, options, elastic, *sets[1:], flip=flip, stop=stop)
-            for record in records:
-                if "encoded" in record:
+            for record in start(stop):
+                if "encoded" in record or "drawn" in record:
                     echo(encoded(record))
                 elif "step" in record:
                     last = record
                     started = started or time.monotonic()
-                    echo(progress(record, elastic.steps, options, time.monotonic() - started))
+                    echo(progress(record, steps, options, time.monotonic() - started))
                 else:
                     echo(changes(record))
         except KeyboardInterrupt:
             echo("stopped; the same command goes on from the last saved state", err=True)
-            click.get_current_context().exit(128 + stop.signal)
+            context.exit(128 + stop.signal)
     if not last["done"]:
-        at = f"{last['step']} of {elastic.steps}"
-        echo(f"stopped after step {at}; the same command goes on from there", err=True)
+        echo(
+            f"stopped after step {last['step']} of {steps}; the same command goes on from there",
+            err=True,
+        )
     if last["stopped"] and not last["done"]:
-        click.get_current_context().exit(128 + (stop.signal or signal.SIGINT))
-    echo(f"wrote {output}")
+        context.exit(128 + (stop.signal or signal.SIGINT))
 
 
 def explanation(model, options, batch: int) -> str:

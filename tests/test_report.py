@@ -188,3 +188,22 @@ def test_neither_plot_nor_samples_on_the_way(material, tmp_path, monkeypatch):
     result = finetune(material, tmp_path, *options)
     assert result.exit_code == 0 and note not in result.stderr, result.output
     assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_prior_pictures_are_drawn_once_and_learned(material, tmp_path):
+    """They are what ``generate`` draws at the full width, and their prompts may be any."""
+    (tmp_path / "prior.txt").write_text("a red cat\n\na smiling dog\n", encoding="utf-8")
+    args = (material, tmp_path / "out", "--prior", tmp_path / "prior.txt", "--flip", "--lora=2")
+    result = finetune(*args)
+    assert result.exit_code == 0, result.output
+    assert "drew 2 of 2 prompts" in result.stdout and "encoded 6 of 6 captions" in result.stdout
+    latents = [np.load(path) for path in (tmp_path / "out" / "cache").glob("prior-*.npy")]
+    pipe = Pipeline.load(material / "model")
+    for i, prompt in enumerate(("a red cat", "a smiling dog")):
+        *_, last = pipe.stream(pipe.settings(prompt, seed=i))
+        assert any(np.array_equal(last.x[0], z) for z in latents)
+    again = finetune(*args)
+    assert again.exit_code == 0 and "drew" not in again.stdout
+    (tmp_path / "prior.txt").write_text("a red cat\n", encoding="utf-8")
+    other = finetune(*args)
+    assert other.exit_code == 1 and "other pictures, captions or latents" in other.stderr

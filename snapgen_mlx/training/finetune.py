@@ -1,19 +1,23 @@
 """Fine-tuning a model folder on a folder of pictures: data, run, and the trained model folder."""
 
 import functools
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..files import atomic_write
 from ..lora import FEW_STEP
 from ..memory import TEXT_TOKENS
 from ..models.elastic import random_supernet, slice_flat
-from ..pipeline import load_text_encoders, load_vae
+from ..pipeline import Pipeline, load_text_encoders, load_vae
 from ..weights import (
     assign,
     compute_dtype,
@@ -46,6 +50,7 @@ def finetune(
     elastic: ElasticOptions,
     validation: list[Example] | None = None,
     flip: bool = False,
+    prior: list[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
     teacher=None,
 ) -> Iterator[dict]:
@@ -55,9 +60,9 @@ def finetune(
 
     Before them come records of pictures and captions encoded (``encode_data``), after them
     ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
-    their draws. Writes the averaged weights to ``output``, unless ``stop`` ended the run: a LoRA
-    as ``lora.safetensors``, all weights as a model in floats with everything else of ``model``
-    beside them. The run's state lies in ``output/run`` and is resumed from there, with what
+    their draws; ``prior``: prompts for ``draw_prior``. Writes the averaged weights to ``output``,
+    unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all weights as a model in floats
+    with everything else of ``model`` beside them. The run's state lies in ``output/run`` and is resumed from there, with what
     ``Report`` draws; latents and text states in ``output/cache``. Raises SnapGenError for bad
     folders, and when training changed nothing.
     """
@@ -67,7 +72,7 @@ def finetune(
     training_memory(model).check(elastic, -(-options.batch // processes))
     trainer = make_trainer(model, elastic, options.seed, teacher)
     parts = [part for part in (examples, validation) if part]
-    sets = yield from encode_data(model, parts, output / "cache", flip)
+    sets = yield from encode_data(model, parts, output / "cache", flip, prior)
     if teacher:
         sets = yield from teach(teacher, sets, output / "cache")
     report = None
@@ -127,14 +132,44 @@ def training_memory(model: Path) -> TrainingMemory:
     return TrainingMemory(config, (latent, latent), tokens, int(each * weights))
 
 
+def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
+    """Latents of the pictures that the widest variant of ``model`` draws of ``prompts``, from the
+    folder ``cache`` where they are there.
+
+    Learned beside new pictures, they keep what the model knows (prior preservation [Ruiz et al.
+    2023, 4.2]). Yields a record after each drawn; the value is the list of arrays (h, w, C).
+    """
+    config = DiTConfig.from_dict(load_config(model / "transformer"))
+    pipe, out = Pipeline(model, config.variants[-1]), []
+    key = fingerprint(model / "transformer", model / FEW_STEP)
+    for i, prompt in enumerate(prompts):
+        name = hashlib.sha256(json.dumps([key, prompt, i]).encode()).hexdigest()[:32]
+        path = cache / f"prior-{name}.npy"
+        try:
+            latent = np.load(path)
+        except (OSError, ValueError, EOFError):  # absent or damaged
+            *_, last = pipe.stream(pipe.settings(prompt, seed=i))
+            latent = np.array(last.x.astype(mx.float32))[0]
+            if mx.distributed.init().rank() == 0:
+                with atomic_write(path) as tmp:
+                    np.save(tmp, latent)
+            yield {"drawn": i + 1, "prompts": len(prompts)}
+        out.append(latent)
+    return out
+
+
 def encode_data(
-    model: Path, parts: list[list[Example]], cache: Path, flip: bool = False
+    model: Path,
+    parts: list[list[Example]],
+    cache: Path,
+    flip: bool = False,
+    prior: list[str] | None = None,
 ) -> Iterator[dict]:
     """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
 
-    The first part alone is flipped. Yields a record after each batch encoded. Autoencoder and text
-    encoders are in memory one after the other, and no longer. Raises SnapGenError for a model
-    without text encoder.
+    The first part alone is flipped, and gets the ``draw_prior`` of the prompts ``prior``. Yields a
+    record after each batch encoded. Autoencoder and text encoders are in memory one after the
+    other, and no longer. Raises SnapGenError for a model without text encoder.
     """
     text_encoders = load_text_encoders(model)
     if not text_encoders:
@@ -148,14 +183,20 @@ def encode_data(
     if flip:
         mirrored[0] = yield from cached_latents(vae, key, parts[0], sizes, cache, mirror=True)
     del vae
+    prior = prior or []
+    if prior:
+        drawn = yield from draw_prior(model, prior, cache)
+        latents[0] = [*latents[0], *drawn]
+        mirrored[0] = mirrored[0] and [*mirrored[0], *drawn]
     mx.clear_cache()
 
     key = fingerprint(*(model / name for name in TEXT_FOLDERS))
-    texts = [text for part in parts for e in part for text in e.captions]
+    captions = [[e.captions for e in part] for part in parts]
+    captions[0] += [[prompt] for prompt in prior]
+    texts = [text for part in captions for of_picture in part for text in of_picture]
     encoders = yield from cached_states(text_encoders, key, texts, cache)
     del text_encoders
     mx.clear_cache()
-    captions = [[e.captions for e in part] for part in parts]
     return [
         LatentDataset(x0, texts, encoders, turned)
         for x0, texts, turned in zip(latents, captions, mirrored, strict=True)
