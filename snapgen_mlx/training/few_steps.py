@@ -34,7 +34,8 @@ def distill_few_steps(
     fuse: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Distil a width of ``model``, the widest when None, into four unguided steps; yields the records of ``loop.train``.
+    """Distil a width of ``model``, the widest when None, into four unguided steps; yields the
+    records of ``loop.train``.
 
     Captions come from ``examples``; their pictures count with ``noised_real`` alone. Writes
     ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
