@@ -62,9 +62,9 @@ def finetune(
     ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
     their draws; ``prior``: prompts for ``draw_prior``. Writes the averaged weights to ``output``,
     unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all weights as a model in floats
-    with everything else of ``model`` beside them. The run's state lies in ``output/run`` and is resumed from there, with what
-    ``Report`` draws; latents and text states in ``output/cache``. Raises SnapGenError for bad
-    folders, and when training changed nothing.
+    with everything else of ``model`` beside them. The run's state lies in ``output/run`` and is
+    resumed from there, with what ``Report`` draws; latents and text states in ``output/cache``.
+    Raises SnapGenError for bad folders, and when training changed nothing.
     """
     model, output = Path(model), Path(output)
     check_output(model, output)
