@@ -64,16 +64,20 @@ E := runs/embedded
 PYTHON_M = $(RUN) $(BIN)/python -m
 FINETUNE = $(RUN) $(BIN)/snapgen-mlx finetune --batch 32 --learning-rate 1e-3
 
-embedded: $(E)/dit-core/config.json
+embedded: $(E)/dit-styles/config.json
 	rm -rf $(E)/packed
-	$(PYTHON_M) benchmarks.embedded.pack $(E)/dit-core $(E)/packed
+	$(PYTHON_M) benchmarks.embedded.pack $(E)/dit-styles $(E)/packed
 	mkdir -p snapgen_mlx/assets/embedded
 	cp -R $(E)/packed/. snapgen_mlx/assets/embedded
 
-# First all concepts, then the plain ones alone.
-$(E)/dit-core/config.json: $(E)/dit/config.json $(E)/core/card.json
-	$(FINETUNE) $(E)/dit $(E)/core/train -o $(E)/dit-core \
-	  --validation $(E)/core/heldout --steps 1400 --warmup 50
+# First all concepts, then the plain ones alone, then these in all styles.
+$(E)/dit-styles/config.json: $(E)/dit-core/config.json $(E)/core/card.json
+	$(FINETUNE) $(E)/dit-core $(E)/core/train -o $(E)/dit-styles \
+	  --validation $(E)/core/heldout --steps 3000 --warmup 50 --subnets all --no-adaptive
+
+$(E)/dit-core/config.json: $(E)/dit/config.json $(E)/core-two-styles/card.json
+	$(FINETUNE) $(E)/dit $(E)/core-two-styles/train -o $(E)/dit-core \
+	  --validation $(E)/core-two-styles/heldout --steps 1400 --warmup 50
 
 $(E)/dit/config.json: | $(E)/base/config.json $(E)/two-styles/card.json speed
 	$(FINETUNE) $(E)/base $(E)/two-styles/train -o $(E)/dit \
@@ -83,7 +87,10 @@ $(E)/two-styles/card.json: | .venv/.installed-embedded
 	$(PYTHON_M) benchmarks.embedded.data $(E)/two-styles --styles 3d flat
 
 $(E)/core/card.json: | .venv/.installed-embedded
-	$(PYTHON_M) benchmarks.embedded.data $(E)/core --styles 3d flat --core
+	$(PYTHON_M) benchmarks.embedded.data $(E)/core --core
+
+$(E)/core-two-styles/card.json: | .venv/.installed-embedded
+	$(PYTHON_M) benchmarks.embedded.data $(E)/core-two-styles --styles 3d flat --core
 
 $(E)/data/card.json: | .venv/.installed-embedded
 	$(PYTHON_M) benchmarks.embedded.data $(E)/data
