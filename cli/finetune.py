@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import click
 
@@ -64,6 +65,7 @@ from .arguments import data_options, encoded, model_argument, read_pictures
     show_default=True,
     help="Steps from one grid of sample pictures to the next; 0 for none.",
 )
+@click.option("--resume", is_flag=True, help="Fail unless OUTPUT holds a run to go on with.")
 @click.option("--explain", is_flag=True, help="Only print the memory that this would need.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def finetune(
@@ -79,6 +81,7 @@ def finetune(
     minutes,
     batch,
     sample_every,
+    resume,
     explain,
     seed,
     **elastic,
@@ -96,6 +99,8 @@ def finetune(
     """
     if full and elastic["lora"]:
         raise click.UsageError("--full and --lora exclude each other")
+    if resume and not any(Path(output, "run").glob("state-*.json")):
+        raise click.UsageError(f"there is no run in {output} to resume; leave out --resume")
     import mlx.core as mx
 
     from snapgen_mlx.pipeline import resolve_model

@@ -239,3 +239,11 @@ def test_other_weights_below_a_lora_are_refused(material, tmp_path):
 def test_full_or_lora(material, tmp_path):
     result = finetune(material / "model", material / "data", "-o", tmp_path, "--full", "--lora", 2)
     assert result.exit_code == 2 and "exclude" in result.stderr
+
+
+def test_resume_wants_a_run(material, tmp_path):
+    args = (material / "model", material / "data", "-o", tmp_path / "out", "--lora", 2, "--resume")
+    result = finetune(*args)
+    assert result.exit_code == 2 and "no run in" in result.stderr
+    assert finetune(*args[:-1]).exit_code == 0
+    assert finetune(*args).exit_code == 0
