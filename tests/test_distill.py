@@ -1,14 +1,27 @@
 """Distillation: losses, teachers and steps against independent implementations; runs; commands."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
+from PIL import Image
 
+from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import bank_index, slice_flat
+from snapgen_mlx.sampling import denoise, schedule
+from snapgen_mlx.training import kdmd
+from snapgen_mlx.training.checkpoint import load_state
 from snapgen_mlx.training.distill import (
     KDOptions,
     KDTrainer,
@@ -19,11 +32,26 @@ from snapgen_mlx.training.distill import (
     timestep_aware,
 )
 from snapgen_mlx.training.elastic import add_noise
-from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
+from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, Watch, dmd_loss, sample_taus
+from snapgen_mlx.training.loop import fixed_batches
 from snapgen_mlx.training.lora import SCALE, lora_params
 
 from .toy import ToyText, toy_config, toy_data, toy_params
-from .toy_distill import RANK, random_lora, toy_kdmd, toy_model, toy_teacher, updates
+from .toy_distill import (
+    RANK,
+    ToyVAE,
+    random_lora,
+    toy_kdmd,
+    toy_kdmd_run,
+    toy_model,
+    toy_pictures,
+    toy_teacher,
+    trained_params,
+    updates,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -366,3 +394,273 @@ def test_a_step_is_the_papers(k, real):
         for name, g in theirs.items():
             assert mx.abs(ours[name] - g).max().item() <= 2e-4 * scale, name
     assert {"loss/dmd", "loss/out", "loss/features", "loss/critic", "gap", "w"} < set(metrics)
+
+
+def test_step_0_is_the_base():
+    """Student and critic are the base bit for bit, and the few-step teacher too before its LoRA."""
+    trainer, base = toy_kdmd(), toy_model(0)
+    x0, text, masks = batch()
+    t = mx.full(4, 0.75)
+    expected = base(x0, t, text, masks)
+    for params in (trainer.student.params, trainer.critic.params, trainer.student.mean):
+        assert mx.array_equal(trainer.bind(params)(x0, t, text, masks), expected)
+
+
+def steps(trainer, n: int, start: int = 0) -> list[dict]:
+    data, out = toy_data(), []
+    for step in range(start, start + n):
+        rng = np.random.default_rng(step)
+        x0, text, masks = data.batch(rng, 4)
+        noise, k = trainer.draw(rng, mx.random.key(step), x0.shape)
+        out.append({k: v.item() for k, v in trainer.step(x0, text, masks, noise, k).items()})
+    return out
+
+
+def test_five_critic_updates_to_one_of_the_student():
+    trainer, changed = toy_kdmd(), []
+    for step in range(10):
+        before = trainer.state()
+        metrics = steps(trainer, 1, step)[0]
+        after = trainer.state()
+        student = not same(
+            *({k: a for k, a in s.items() if "student/params" in k} for s in (before, after))
+        )
+        critic = not same(
+            *({k: a for k, a in s.items() if "critic/params" in k} for s in (before, after))
+        )
+        changed.append((student, critic))
+        assert student == ("loss/dmd" in metrics) and "loss/critic" in metrics
+    assert changed == [(i in (4, 9), True) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        ("dmd", {"dmd", "critic"}),
+        ("kd", {"out", "features"}),
+        ("kdmd", {"dmd", "out", "features", "critic"}),
+    ],
+)
+def test_what_a_loss_consists_of(loss, names):
+    trainer = toy_kdmd(loss=loss)
+    metrics = set().union(*steps(trainer, 5))
+    assert {k.partition("/")[2] for k in metrics if k.startswith("loss/")} == names
+    assert any("projector" in k for k in trainer.student.params) == (loss != "dmd")
+    assert not any("projector" in k for k in trainer.lora)
+
+
+def test_the_mean_starts_late():
+    trainer = toy_kdmd(critic_steps=1, average_from=3, ema=0.9)
+    means = []
+    for step in range(5):
+        steps(trainer, 1, step)
+        means.append((dict(trainer.student.params), dict(trainer.student.mean)))
+    for params, mean in means[:3]:
+        assert same(params, mean)
+    for before, (params, mean) in zip((means[2][1], means[3][1]), means[3:], strict=True):
+        for k in params:
+            np.testing.assert_allclose(mean[k], 0.9 * before[k] + 0.1 * params[k], atol=1e-6)
+
+
+def test_adam_without_a_first_moment():
+    """Bias-corrected RMSProp in numpy, on a single matrix."""
+    weights = kdmd.LoRAWeights(
+        {"a": mx.array([1.0, -2.0])}, kdmd.KDMDOptions(0.1, warmup=0, clip=1e9)
+    )
+    p, v = np.array([1.0, -2.0]), np.zeros(2)
+    for n, g in enumerate(([1.0, 0.5], [-2.0, 0.1], [0.3, -0.2]), 1):
+        weights.update({"a": mx.array(g)})
+        v = 0.99 * v + 0.01 * np.square(g)
+        p = p - 0.1 * np.array(g) / (np.sqrt(v / (1 - 0.99**n)) + 1e-8)
+        np.testing.assert_allclose(weights.params["a"], p, rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up():
+    whole, parts = toy_kdmd(critic_steps=1), toy_kdmd(critic_steps=1, accumulate=2)
+    a, b = (steps(t, 1)[0] for t in (whole, parts))
+    # Of parts DMD's metrics are means of means; losses are the same, and so is the update.
+    for name in (
+        "loss/critic",
+        "loss/out",
+        "loss/features",
+        "loss/dmd",
+        "grad/critic",
+        "grad/student",
+    ):
+        assert a[name] == pytest.approx(b[name], rel=1e-4), name
+    assert {k for k in a if k.startswith("critic/tau")} == {
+        k for k in b if k.startswith("critic/tau")
+    }
+
+
+def test_losses_by_tau():
+    losses, tau = mx.array([1.0, 2.0, 3.0, 4.0]), mx.array([0.02, 0.24, 0.75, 0.98])
+    found = {k: v.item() for k, v in kdmd.by_tau(losses, tau).items()}
+    assert found == {"loss/critic": 2.5, "critic/tau 0": 1.5, "critic/tau 0.75": 3.5}
+
+
+def test_checkpointed_blocks_change_nothing():
+    a, b = (steps(toy_kdmd(checkpoint=c), 5) for c in (False, True))
+    for one, two in zip(a, b, strict=True):
+        assert one.keys() == two.keys()
+        for k in one:
+            assert one[k] == pytest.approx(two[k], rel=1e-3, abs=1e-6), k
+
+
+def test_a_restored_trainer_goes_on_bit_for_bit():
+    one, two = toy_kdmd(), toy_kdmd()
+    steps(one, 7)
+    two.restore(one.state())
+    assert steps(one, 4, 7) == steps(two, 4, 7) and same(one.state(), two.state())
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("reference")
+    mx.disable_compile()
+    records = list(toy_kdmd_run(run, STEPS))
+    assert records[-1]["done"]
+    assert {"val/std", "val/colour", "val/spread", "val/error"} <= set(records[-1])
+    return run
+
+
+def test_killed_and_resumed(tmp_path, reference):
+    """Kills at any moment; log and state as of a run without."""
+    command = [sys.executable, "-m", "tests.toy_distill", tmp_path, str(STEPS), "0.0005"]
+    environment = os.environ | {"MLX_DISABLE_COMPILE": "1"}
+    killed = 0
+    for wait in (0.0, 0.3):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, env=environment, cwd=ROOT
+        ) as process:
+            process.stdout.readline()
+            time.sleep(wait)
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+    assert killed
+    assert list(toy_kdmd_run(tmp_path, STEPS))[-1]["done"]
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("images/s", "peak GB")}
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (tmp_path, reference)
+    ]
+    assert logs[0] == logs[1]
+    assert same(load_state(tmp_path)[0], load_state(reference)[0])
+
+
+def test_resuming_with_another_teacher(reference):
+    trainer = toy_kdmd(steps=STEPS)
+    trainer.fingerprints = {"teacher": "another"}
+    with pytest.raises(SnapGenError, match="was started with another teacher"):
+        next(toy_kdmd_run(reference, STEPS, trainer))
+
+
+def test_pictures_of_a_run(reference):
+    """A row per caption: its seeds by the student and by the teacher."""
+    names = sorted(p.name for p in (reference / "grids").iterdir())
+    assert names == ["00000008.png", "00000012.png"]
+    with Image.open(reference / "grids" / names[0]) as image:
+        assert image.size == (4 * 2 * kdmd.SEEDS, 4 * 2)
+
+
+def watched(trainer) -> dict[str, float]:
+    return trainer.validate(list(fixed_batches(toy_pictures(), 4)))
+
+
+def test_monitors_compare_with_the_guided_teacher(tmp_path):
+    trainer = toy_kdmd(Watch(ToyVAE(), tmp_path), guidance=3.0)
+    teacher, student = toy_model(2), toy_model(0)
+    latents = {}
+    for name, model, sigmas, guidance in (
+        ("theirs", teacher, schedule(kdmd.REFERENCE_STEPS), 3.0),
+        ("ours", student, SIGMAS, 1.0),
+    ):
+        parts = []
+        for _, eps, _, text, masks in fixed_batches(toy_pictures(), 8):
+            *_, last = denoise(model, eps, text, masks, sigmas, guidance)
+            parts.append(np.array(last.x, np.float64))
+        latents[name] = np.concatenate(parts)
+
+    def spread(z):
+        pairs = [(a - b) ** 2 for row in z.reshape(2, kdmd.SEEDS, -1) for a in row for b in row]
+        return np.mean(pairs) * kdmd.SEEDS / (kdmd.SEEDS - 1)  # without pairs of the same
+
+    def colour(z):
+        rgb = (z[..., :3] / 4 + 0.5).clip(0, 1)
+        return (rgb.max(-1) - rgb.min(-1)).mean()
+
+    ours, theirs = latents["ours"], latents["theirs"]
+    expected = {
+        "val/std": ours.std() / theirs.std(),
+        "val/colour": colour(ours) / colour(theirs),
+        "val/spread": (spread(ours) / spread(theirs)) ** 0.5,
+        "val/error": ((ours - theirs) ** 2).mean() / spread(theirs),
+    }
+    assert watched(trainer) == pytest.approx(expected, rel=1e-3)
+
+
+# Runs made to go wrong on purpose, of a full width that has learned the toy data
+
+
+@pytest.fixture(scope="module")
+def trained():
+    mx.disable_compile()
+    return trained_params(300)
+
+
+def endangered_run(run, trained, **options):
+    watch = Watch(ToyVAE(), run / "grids")
+    defaults = dict(loss="dmd", critic_steps=1, steps=32, average_from=0, ema=0.5)
+    trainer = toy_kdmd(watch, trained, **defaults | options)
+    return list(toy_kdmd_run(run, 32, trainer))
+
+
+def test_a_sound_run_is_let_be(tmp_path, trained):
+    first, *_, last = [
+        r for r in endangered_run(tmp_path, trained, learning_rate=3e-3) if "val/std" in r
+    ]
+    assert last["step"] == 32 and last["val/error"] < first["val/error"]
+
+
+def test_a_far_too_high_learning_rate_is_caught(tmp_path, trained):
+    with pytest.raises(SnapGenError, match=r"pictures saturate: .* lower learning rate"):
+        endangered_run(tmp_path, trained, learning_rate=1.0)
+
+
+def test_a_flipped_sign_is_caught(tmp_path, trained, monkeypatch):
+    right = kdmd.dmd_loss
+    monkeypatch.setattr(kdmd, "dmd_loss", lambda x0, c0, r0: right(x0, r0, c0))
+    with pytest.raises(SnapGenError, match="the pictures saturate: "):
+        endangered_run(tmp_path, trained, learning_rate=1e-2)
+
+
+def test_a_collapse_is_caught(tmp_path):
+    """All seeds of a caption draw the same."""
+    trainer = toy_kdmd(Watch(ToyVAE(), tmp_path))
+    trainer.generate = lambda noise, text, masks: mx.broadcast_to(noise[:1], noise.shape)
+    with pytest.raises(
+        SnapGenError, match="the pictures collapse: the seeds of a caption differ 0 "
+    ):
+        watched(trainer)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "value", "what"),
+    [
+        ("std", 1.31, "saturate: 1.3 times the contrast"),
+        ("colour", 1.6, "saturate: .* 1.6 times its colour"),
+        ("spread", 0.3, "collapse: .* differ 0.3 times"),
+        ("error", 2.5, "leave the teacher's: 2.5 times as far off"),
+    ],
+)
+def test_what_counts_as_failed(monitor, value, what):
+    sound = dict.fromkeys(("std", "colour", "spread", "error"), 1.0)
+    kdmd.check(sound)
+    with pytest.raises(SnapGenError, match=f"the pictures {what}"):
+        kdmd.check(sound | {monitor: value})

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from snapgen_mlx.lora import Update
 from snapgen_mlx.models.dit import DiT
@@ -18,7 +19,7 @@ from snapgen_mlx.training.kdmd import SEEDS, KDMDOptions, KDMDTrainer, Watch
 from snapgen_mlx.training.loop import train
 from snapgen_mlx.training.lora import SCALE, attach_lora, lora_params
 
-from .toy import PROMPTS, toy_config, toy_data, toy_options, toy_params
+from .toy import PROMPTS, toy_config, toy_data, toy_options, toy_params, toy_trainer
 
 RANK = 3
 
@@ -30,12 +31,23 @@ class ToyVAE:
         return z[..., :3] / 2
 
 
-def toy_model(index: int, seed: int = 0) -> DiT:
-    """One width of a toy supernet."""
-    config = toy_config(layers=[1, 2, 1], downsample=True)
+def toy_model(index: int, seed: int = 0, params: dict | None = None) -> DiT:
+    """One width of a toy supernet, random unless its parameters are given."""
+    config = toy_config()
     dit = DiT(config.variant(index))
-    dit.load_weights(list(slice_flat(toy_params(config, seed), config, index).items()), strict=True)
+    own = slice_flat(params or toy_params(config, seed), config, index)
+    dit.load_weights(list(own.items()), strict=True)
     return dit
+
+
+def trained_params(steps: int) -> dict[str, mx.array]:
+    """A toy supernet whose full width has learned its data."""
+    trainer, data = toy_trainer(steps=steps, learning_rate=2e-2, ema=0.9), toy_data()
+    for step in range(steps):
+        x0, text, masks = data.batch(np.random.default_rng(step), 16, 0.1)
+        noise, _ = trainer.draw(np.random.default_rng(step), mx.random.key(step), x0.shape)
+        trainer.step(x0, text, masks, noise, [])
+    return trainer.weights.mean
 
 
 def random_lora(config, seed: int = 5) -> dict[str, mx.array]:
@@ -58,12 +70,13 @@ def toy_teacher(seed: int = 0) -> Teacher:
     return Teacher(full, updates(random_lora(full.config)))
 
 
-def toy_kdmd(watch=None, teacher=None, index: int = 0, **options) -> KDMDTrainer:
-    dit = toy_model(index)
+def toy_kdmd(watch=None, params: dict | None = None, **options) -> KDMDTrainer:
+    """The narrowest width of a random supernet or, of one that is given, the full width."""
+    dit = toy_model(2 if params else 0, params=params)
     attach_lora(dit, lora_params(dit.config, RANK))
+    teacher = Teacher(toy_model(2, params=params)) if params else toy_teacher()
     defaults = dict(learning_rate=1e-3, steps=30, warmup=0, rank=RANK, average_from=10)
-    options = KDMDOptions(**defaults | options)
-    return KDMDTrainer(dit, teacher or toy_teacher(), options, watch=watch)
+    return KDMDTrainer(dit, teacher, KDMDOptions(**defaults | options), watch=watch)
 
 
 def toy_pictures() -> LatentDataset:

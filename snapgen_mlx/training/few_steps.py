@@ -34,14 +34,14 @@ def distill_few_steps(
     fuse: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Distil a width of ``model``, the widest when None, into four unguided steps; yields the
-    records of ``loop.train``.
+    """Distil a width of ``model``, the widest when None, into four unguided steps.
 
-    Captions come from ``examples``; their pictures count with ``noised_real`` alone. Writes
+    Yields the records of ``loop.train``; those before and after are as ``finetune``'s. Captions
+    come from ``examples``; their pictures count with ``noised_real`` alone. Writes
     ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
-    unless ``stop`` ended the run. The run's state lies in ``output/run``, with ``Watch``'s pictures
-    in its grids. Records before and after it are those of ``finetune``. Raises UsageError for
-    K-DMD with a teacher that lacks a few-step LoRA, SnapGenError for a run that fails.
+    unless ``stop`` ended the run. The run's state lies in ``output/run``, with the pictures of
+    ``Watch`` in its grids. Raises UsageError when the loss needs a few-step LoRA that the teacher
+    lacks, SnapGenError for a run that fails.
     """
     model, output = Path(model), Path(output)
     check_output(model, output)
