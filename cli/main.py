@@ -14,6 +14,7 @@ COMMANDS = {
     "slice": "Cut one width of a model out to a model of its own.",
     "init": "Write a model of random weights, for tests and benchmarks.",
     "finetune": "Train all widths of a model on your own pictures.",
+    "distill": "Train a model to do what a teacher does, or in four steps.",
     "eval": "Measure how well a model knows a folder of pictures.",
 }
 
