@@ -209,7 +209,7 @@ def test_the_command(material, tmp_path, packed):
     output = tmp_path / "out"
     result = finetune(model, material / "data", "-o", output, "--lora", 2)
     assert result.exit_code == 0, result.output
-    changed = result.stdout.splitlines()[-2]
+    changed = result.stdout.splitlines()[-3]
     assert changed.startswith("weights changed: tiny ")
     state, _ = load_state(output / "run")
     assert all("lora_" in k or k.split("/")[0] in ("ratio", "opt") for k in state)
