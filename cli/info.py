@@ -30,6 +30,7 @@ def info(model):
             "sampling",
             f"{s.steps} steps, guidance {s.guidance:g}, shift {s.shift:g}, {s.width}x{s.height}",
         ),
+        ("few steps", _few_steps(folder, memory.config.variants)),
         ("transformer", _stored(folder / "transformer")),
         ("text read", ", ".join(f"{k} ({n})" for k, n in memory.config.text_dims.items())),
         ("vae", f"{type(vae).__name__}, {_stored(folder / 'vae')}"),
@@ -44,6 +45,17 @@ def info(model):
         click.echo(f"{label:<16}{text}")
     request = Request(s.width, s.height, s.guidance != 1)
     click.echo("\n" + memory_table(memory, request))
+
+
+def _few_steps(folder: Path, variants: list[str]) -> str:
+    from snapgen_mlx.lora import few_step_lora
+    from snapgen_mlx.sampling import FEW_STEPS
+
+    names = [name for name in variants if few_step_lora(folder, name)]
+    if not names:
+        return "no LoRA for them"
+    how = "{steps} steps, guidance {guidance:g}, shift {shift:g}".format(**FEW_STEPS)
+    return f"{how} by a LoRA of {', '.join(names)}; generate --base is without"
 
 
 def memory_table(memory, request, variant: str | None = None) -> str:

@@ -12,12 +12,12 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
-from ..lora import Update, fuse_lora, load_lora
+from ..lora import FEW_STEP, Update, fuse_lora, load_lora
 from ..weights import FORMAT, read_json, write_json
 from .hub import commit_of, resolve
 from .plan import TOKENIZERS, Component, Row, find_components, plan
 from .steps import Step
-from .write import check_disk, verify, write_components
+from .write import check_disk, copy_few_steps, verify, write_components
 
 JOURNAL = "journal.json"
 
@@ -75,6 +75,8 @@ def convert(
         for component in components.values():
             _copy_tokenizer(component, partial)
             write_json(partial / component.name / "config.json", component.config)
+        if "transformer" in components:
+            copy_few_steps(path, partial)
         write_json(partial / "config.json", head)
         with atomic_write(partial / "README.md") as tmp:
             tmp.write_text(_card(report))
@@ -155,8 +157,9 @@ def _hash(path: Path, components: dict[str, Component]) -> dict[str, str]:
     """{file: sha256} of all that is read. Raises SnapGenError where a download is damaged."""
     root = path if path.is_dir() else path.parent
     hashes = {}
-    for component in components.values():
-        for file in [component.config_file, *component.reader.files]:
+    for name, component in components.items():
+        loras = (root / FEW_STEP).glob("*.safetensors") if name == "transformer" else ()
+        for file in [component.config_file, *component.reader.files, *loras]:
             try:
                 with open(file, "rb") as f:
                     digest = hashlib.file_digest(f, "sha256").hexdigest()

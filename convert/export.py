@@ -15,7 +15,7 @@ from .formats import Info, name_some, open_weights
 from .hub import COMPONENTS
 from .plan import TOKENIZERS, Component, Row, as_they_are, kind, tokenizer_files
 from .steps import COPY, Step
-from .write import check_disk, verify, write_components
+from .write import check_disk, copy_few_steps, verify, write_components
 
 # Library and class of a component, and its tokenizer's class, by what its config says it is.
 CLASSES = {
@@ -87,6 +87,7 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
             write_json(tmp / name / "config.json", component.config)
             index |= _entry(folder, name, component)
             _copy_files(folder, tmp, name, component)
+        copy_few_steps(folder, tmp)
         index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         scheduler = {"_class_name": index["scheduler"][1], "shift": sampling.get("shift", 3.0)}
         write_json(tmp / "scheduler" / "scheduler_config.json", scheduler)

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 from ..errors import SnapGenError, UsageError
+from ..lora import FEW_STEP
 from .formats import EXTENSIONS, weight_names
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 # The weights by their usual names, without fp16 doubles and single-file copies of the whole.
-USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors"]
+USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors", f"{FEW_STEP}/*.safetensors"]
 EXTRAS = ["*.json", "*.model", "*.txt", "*.jinja"]  # configurations, tokenizers, licences
 
 

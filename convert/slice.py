@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder
+from ..lora import FEW_STEP, few_step_lora
 from ..models.elastic import bank_index, in_bank, slice_flat
 from ..weights import load_config, load_dit, write_json
 from .formats import open_weights
@@ -44,6 +45,9 @@ def slice_model(folder, dest, variant: str) -> dict:
         for name in (*COMPONENTS, *TOKENIZERS.values()):
             if name != part.name and (folder / name).is_dir():
                 shutil.copytree(folder / name, tmp / name)
+        if lora := few_step_lora(folder, variant):
+            (tmp / FEW_STEP).mkdir()
+            shutil.copyfile(lora, tmp / FEW_STEP / lora.name)
         for file in folder.iterdir():
             if file.is_file():
                 shutil.copyfile(file, tmp / file.name)

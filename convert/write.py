@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..lora import FEW_STEP
 from ..safetensors_io import NAMES, read_header, write_tensors
 from ..weights import write_json
 from .formats import name_some
@@ -15,6 +16,12 @@ from .plan import Component, Row
 
 SHARD_BYTES = 512 << 20  # an interrupted run loses at most one
 MARGIN = 64 << 20  # disk left free beside the weights
+
+
+def copy_few_steps(source: Path, target: Path) -> None:
+    """The LoRAs with which a model needs few steps, where it has them."""
+    if (source / FEW_STEP).is_dir():
+        shutil.copytree(source / FEW_STEP, target / FEW_STEP, dirs_exist_ok=True)
 
 
 def check_disk(folder: Path, components: dict[str, Component]) -> None:

@@ -1,0 +1,135 @@
+"""A model folder with a LoRA per width for four steps: drawn with by default, carried along."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from snapgen_mlx.cli.main import main
+from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.export import export
+from snapgen_mlx.convert.slice import slice_model
+from snapgen_mlx.pipeline import Pipeline, Settings, read_metadata
+from snapgen_mlx.training.lora import lora_params, save_lora
+from snapgen_mlx.weights import load_config, load_dit
+
+from .tiny import tiny_config, write_tiny_model
+
+PROMPT = "a smiling cat"
+WIDTHS = ("tiny", "small", "full")
+
+
+def save_random_lora(path, config, seed: int) -> None:
+    params = lora_params(config, 2, seed)
+    keys = mx.random.split(mx.random.key(seed), len(params))
+    save_lora(
+        path,
+        {
+            k: mx.random.normal(a.shape, key=key) * 0.3 if k.endswith("lora_b") else a
+            for (k, a), key in zip(params.items(), keys, strict=True)
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Each width has its own LoRA, in its own sizes."""
+    folder = write_tiny_model(tmp_path_factory.mktemp("few") / "model")
+    for i, name in enumerate(WIDTHS):
+        save_random_lora(folder / "few_step" / f"{name}.safetensors", tiny_config().variant(i), i)
+    return folder
+
+
+def picture(folder, variant, **options) -> np.ndarray:
+    return np.asarray(Pipeline.load(folder, variant, **options).generate(PROMPT))
+
+
+def command(*args):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("variant", WIDTHS)
+def test_a_width_draws_with_its_own_lora(model, variant):
+    pipe = Pipeline.load(model, variant)
+    s = pipe.settings(PROMPT)
+    assert (s.steps, s.guidance, s.shift) == (4, 1.0, 3.0)
+    given = [(model / "few_step" / f"{variant}.safetensors", 1.0)]
+    plain = Pipeline.load(model, variant, base=True, loras=given)
+    four = plain.generate(PROMPT, steps=4, guidance=1.0)
+    assert np.array_equal(pipe.generate(PROMPT), four)
+    others = [picture(model, name) for name in WIDTHS if name != variant]
+    assert not any(np.array_equal(four, other) for other in others)
+
+
+def test_the_base_remains(model, tmp_path):
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=lambda *_: ["few_step"])
+    pipe = Pipeline.load(model, "tiny", base=True)
+    assert pipe.settings(PROMPT) == Settings(PROMPT, 0, 3, 2.0, 3.0, 64, 64)
+    assert np.array_equal(pipe.generate(PROMPT), picture(bare, "tiny"))
+    assert not np.array_equal(pipe.generate(PROMPT), picture(model, "tiny"))
+
+
+def test_a_width_without_a_lora_is_the_base(model, tmp_path):
+    some = shutil.copytree(model, tmp_path / "some")
+    (some / "few_step" / "tiny.safetensors").unlink()
+    assert Pipeline.load(some, "tiny").settings(PROMPT).steps == 3
+    assert np.array_equal(picture(some, "tiny"), picture(model, "tiny", base=True))
+    assert Pipeline.load(some).settings(PROMPT).steps == 4
+
+
+def test_another_lora_comes_on_top(model, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_random_lora(path, tiny_config(), 9)
+    both = picture(model, "small", loras=[(path, 1.0)])
+    few = [(model / "few_step" / "small.safetensors", 1.0), (path, 1.0)]
+    plain = Pipeline.load(model, "small", base=True, loras=few)
+    assert np.array_equal(both, plain.generate(PROMPT, steps=4, guidance=1.0))
+
+
+def test_the_command(model, tmp_path):
+    few, base, again = (tmp_path / f"{name}.png" for name in ("few", "base", "again"))
+    args = ["-m", model, "--variant", "small"]
+    command("generate", PROMPT, *args, "-o", few)
+    command("generate", PROMPT, *args, "--base", "-o", base)
+    assert read_metadata(few)["few_step"] and read_metadata(few)["steps"] == 4
+    assert "few_step" not in read_metadata(base) and read_metadata(base)["steps"] == 3
+    assert few.read_bytes() != base.read_bytes()
+    for source in (few, base):
+        command("generate", "-m", model, "--from-metadata", source, "-o", again)
+        assert again.read_bytes() == source.read_bytes()
+        again.unlink()
+    out = command("info", model)
+    assert "4 steps, guidance 1, shift 3 by a LoRA of tiny, small, full; generate --base" in out
+    assert "3 steps, guidance 2" in out
+    # Guidance is what the base needs twice the memory of activations for.
+    assert ", guided" not in command("generate", "-m", model, "--explain")
+    assert ", guided" in command("generate", "-m", model, "--explain", "--base")
+
+
+def test_slices_carry_theirs(model, tmp_path):
+    slice_model(model, tmp_path / "small", "small")
+    assert [p.name for p in (tmp_path / "small" / "few_step").iterdir()] == ["small.safetensors"]
+    assert np.array_equal(picture(tmp_path / "small", "small"), picture(model, "small"))
+
+
+def test_export_and_convert_carry_them(model, tmp_path):
+    export(model, tmp_path / "torch")
+    convert(tmp_path / "torch", tmp_path / "back")
+    for name in WIDTHS:
+        assert np.array_equal(picture(tmp_path / "back", name), picture(model, name))
+    # They belong to the conversion's identity.
+    assert convert(tmp_path / "torch", tmp_path / "back")["status"] == "complete"
+    files = load_config(tmp_path / "back")["source"]["files"]
+    assert "few_step/tiny.safetensors" in files
+    convert(tmp_path / "torch", tmp_path / "vae", only=["vae"])
+    assert not (tmp_path / "vae" / "few_step").exists()
+
+
+def test_load_dit_is_the_base(model):
+    with_lora = Pipeline.load(model, "tiny").dit
+    ours, theirs = (dit.down[0].attn.to_q.weight for dit in (load_dit(model, "tiny"), with_lora))
+    assert not mx.array_equal(ours, theirs)
