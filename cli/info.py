@@ -105,6 +105,7 @@ def _stored(folder: Path) -> str:
     """ "12.3 M parameters, 8.5 bits per weight, 13 MB" """
     from snapgen_mlx.errors import SnapGenError
     from snapgen_mlx.memory import format_bytes
+    from snapgen_mlx.quantization.palette import float_shape
     from snapgen_mlx.weights import load_config, load_infos
 
     infos = load_infos(folder)
@@ -112,17 +113,16 @@ def _stored(folder: Path) -> str:
     count = 0
     for key, i in infos.items():
         layer, _, part = key.rpartition(".")
-        scales = infos.get(f"{layer}.scales")
-        if scales is None:
-            count += prod(i.shape)
-        elif part == "weight":
-            try:
+        scales, palette = infos.get(f"{layer}.scales"), infos.get(f"{key}.palette")
+        try:
+            if palette:
+                count += prod(float_shape(i.shape, palette.shape))
+            elif scales and part == "weight":
                 count += prod(scales.shape) * quantization.get(layer, quantization)["group_size"]
-            except (AttributeError, KeyError, TypeError) as e:
-                where = folder / "config.json"
-                raise SnapGenError(f"{where} does not say how {layer} is quantized") from e
-        elif part == "bias":
-            count += prod(i.shape)
+            elif part == "bias" or not (scales or part == "palette"):
+                count += prod(i.shape)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise SnapGenError(f"{folder} does not say how {layer} is quantized") from e
     size = sum(i.nbytes for i in infos.values())
     bits = 8 * size / max(count, 1)
     return f"{count / 1e6:.1f} M parameters, {bits:.3g} bits per weight, {format_bytes(size)}"

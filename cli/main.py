@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "Make pictures from words.",
     "info": "Print what a model folder holds and the memory it needs.",
     "convert": "Turn a PyTorch checkpoint into an MLX model.",
+    "quantize": "Write a model in few bits, more of them where they matter.",
     "export": "Write an MLX model back as a PyTorch checkpoint.",
     "slice": "Cut one width of a model out to a model of its own.",
     "init": "Write a model of random weights, for tests and benchmarks.",

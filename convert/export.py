@@ -8,6 +8,8 @@ import mlx.core as mx
 
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder, atomic_write
+from ..quantization.palette import SUFFIX as PALETTE
+from ..quantization.palette import expand
 from ..safetensors_io import DTYPES, NAMES
 from ..weights import dequantize, load_config, write_json
 from . import vae
@@ -29,24 +31,23 @@ CLASSES = {
 
 
 class _Floats:
-    """A reader over another whose affine-quantized layers come as floats."""
+    """A reader over another whose affine-quantized layers and palettes come as floats."""
 
     def __init__(self, reader, shapes: dict[str, tuple]):
         self.infos, self._reader, self._shapes = {}, reader, shapes
-        self.layers = sum(key.endswith(".scales") for key in reader.infos)
+        self.layers = sum(key.endswith((".scales", PALETTE)) for key in reader.infos)
         for key, info in reader.infos.items():
-            layer = key.removesuffix(".weight")
-            if f"{layer}.scales" in reader.infos and key in shapes:
-                info = Info(reader.infos[f"{layer}.scales"].dtype, tuple(shapes[key]))
-            if not key.endswith((".scales", ".biases")):
+            for values in (f"{key.removesuffix('.weight')}.scales", f"{key}{PALETTE}"):
+                if values in reader.infos and key in shapes:
+                    info = Info(reader.infos[values].dtype, tuple(shapes[key]))
+            if not key.endswith((".scales", ".biases", PALETTE)):
                 self.infos[key] = info
 
     def read(self, key: str) -> mx.array:
         layer = key.removesuffix(".weight")
-        if f"{layer}.scales" not in self._reader.infos:
-            return self._reader.read(key)
-        names = [key, f"{layer}.scales", f"{layer}.biases"]
-        return dequantize({name: self._reader.read(name) for name in names}, self._shapes)[key]
+        names = (key, f"{key}{PALETTE}", f"{layer}.scales", f"{layer}.biases")
+        parts = {n: self._reader.read(n) for n in names if n == key or n in self._reader.infos}
+        return dequantize(expand(parts, "export"), self._shapes)[key]
 
 
 class _WithZeros:

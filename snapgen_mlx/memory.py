@@ -20,6 +20,7 @@ from .errors import UsageError
 from .models.dit import DiT
 from .models.tiny_decoder import TinyDecoderConfig
 from .models.vae import AutoencoderKLQwenImage, Decoder
+from .quantization.palette import SUFFIX as PALETTE
 from .safetensors_io import NAMES
 from .weights import compute_dtype, load_config, load_dit, load_infos
 
@@ -92,6 +93,7 @@ class ModelMemory:
         self._unread = tuple(f"text_embed.{n}." for n in self.config.text_dims if n not in names)
         infos = {k: i for k, i in load_infos(transformer).items() if not k.startswith(self._unread)}
         self.is_quantized = any(key.endswith(".scales") for key in infos)
+        self.is_palette = any(key.endswith(PALETTE) for key in infos)
         self._stored = max((info.nbytes for info in infos.values()), default=0)
         self._is_cast = {NAMES[compute_dtype()]} != {info.dtype for info in infos.values()}
         self._tensors = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from PIL import Image, PngImagePlugin
 
 from . import __version__
@@ -301,6 +302,9 @@ class Pipeline:
             self.free("encoders", "vae")
 
         def evaluated():
+            if self.memory.is_palette:  # left to themselves, many would be expanded side by side
+                for _, weight in tree_flatten(self.dit.parameters()):
+                    mx.eval(weight)
             for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
                 mx.eval(step.x, step.x0)
                 yield step

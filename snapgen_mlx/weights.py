@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from .config import DiTConfig
 from .errors import SnapGenError
 from .files import atomic_write
+from .quantization.palette import expand
 from .safetensors_io import TensorInfo, read_header, write_tensors
 
 FORMAT = {"format": "snapgen-mlx", "version": 1}
@@ -72,10 +73,13 @@ def load_infos(folder) -> dict[str, TensorInfo]:
 
 
 def load_tensors(folder) -> dict[str, mx.array]:
-    """All weights of a component folder, lazily read. Raises SnapGenError for damaged files."""
+    """All weights of a component folder, lazily read; palettes come as the floats they stand for.
+
+    Raises SnapGenError for damaged files.
+    """
     files = weight_files(folder)
     loaded = {file: mx.load(str(file)) for file in set(files.values())}
-    return {key: loaded[file][key] for key, file in files.items()}
+    return expand({key: loaded[file][key] for key, file in files.items()}, folder)
 
 
 def save_tensors(folder, tensors: dict[str, mx.array], max_shard_bytes: int = 4 << 30) -> None:

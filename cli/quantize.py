@@ -1,0 +1,103 @@
+"""``snapgen-mlx quantize``: a model in few bits, more of them where they matter."""
+
+import re
+
+import click
+
+
+def size_option(ctx, param, value: str | None) -> int | None:
+    """900MB -> 900000000."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", value, re.IGNORECASE)
+    if not match:
+        raise click.BadParameter(f"{value!r} is no size; write it like 900MB or 1.5GB", ctx, param)
+    return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2].upper()])
+
+
+@click.command()
+@click.argument("model")
+@click.argument("dest", type=click.Path())
+@click.option("--bits", type=float, help="Average of the transformer's weights [default: 4.3].")
+@click.option("--size", callback=size_option, metavar="900MB", help="Of the whole model at most.")
+@click.option("--psnr", type=float, metavar="DB", help="Of the final latents at least.")
+@click.option("--recipe", type=click.Path(dir_okay=False), help="A recipe.json made before.")
+@click.option(
+    "--method",
+    type=click.Choice(["density", "mse"]),
+    default="density",
+    show_default=True,
+    help="How the recipe is made.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["affine", "palette"]),
+    default="affine",
+    show_default=True,
+    help="MLX's packed weights, or palettes, which save disk but no memory.",
+)
+@click.option("--prompts", type=click.Path(dir_okay=False), help="To measure with, one a line.")
+@click.option(
+    "--sensitivity",
+    type=click.Path(dir_okay=False),
+    help="File of the measurement [default: DEST.sensitivity.json].",
+)
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the measurement, a PNG.")
+def quantize(model, dest, bits, size, psnr, recipe, method, backend, prompts, sensitivity, plot):
+    """Write MODEL, a float model, in few bits to the new folder DEST.
+
+    Each layer is measured alone, which takes a while and is kept: an interrupted run goes on, and
+    other budgets need no new measurement. Layers that need more bits get more, within --bits,
+    --size or --psnr. DEST/recipe.json fits models fine-tuned from MODEL too.
+    """
+    from tqdm import tqdm
+
+    from snapgen_mlx.memory import format_bytes
+    from snapgen_mlx.pipeline import resolve_model
+    from snapgen_mlx.quantization.calibration import PROMPTS, read_prompts
+    from snapgen_mlx.quantization.quantize import quantize as run
+
+    folder = resolve_model(model)
+    bars = []  # made when there is something to show
+
+    def progress(done, total):
+        if not bars:
+            bars.append(
+                tqdm(total=total, initial=done - 1, unit="layer", leave=False, disable=None)
+            )
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    try:
+        report = run(
+            folder,
+            dest,
+            backend=backend,
+            bits=bits,
+            size=size,
+            target=psnr,
+            recipe=recipe,
+            method=method,
+            prompts=read_prompts(prompts) if prompts else PROMPTS,
+            sensitivity=sensitivity,
+            plot=plot,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on from the last layer measured", err=True)
+        raise
+    layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())
+    click.echo(f"recipe: {report['bits']:.2f} bits of average ({layers} bits)")
+    for name, part in report["parts"].items():
+        size = format_bytes(part["bytes"])
+        click.echo(f"{name}: {size}, {part['bits_per_weight']:g} bits per weight on disk")
+    for variant, p in report["psnr"].items():
+        click.echo(
+            f"{variant}: latents {p['first step']:.1f} dB from the float model's after the first "
+            f"step, {p['last step']:.1f} dB after the last"
+        )
+    click.echo(f"pictures of the same latents: {report['pictures']:.1f} dB")
+    for name, value in report["text"].items():
+        click.echo(f"text states of {name}: {value:.1f} dB")
+    click.echo(f"wrote {dest}, {format_bytes(report['bytes'])}")

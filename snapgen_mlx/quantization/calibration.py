@@ -1,0 +1,85 @@
+"""What quantization is judged by: a few prompts along the schedule that the model is used with."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import DiTConfig
+from ..errors import SnapGenError
+from ..models.dit import DiT
+from ..pipeline import Pipeline, Settings
+from ..sampling import Step, denoise, schedule
+from ..weights import load_config
+
+PROMPTS = [
+    *("a smiling cat", "a red apple", "a rocket", "a slice of pizza", "a green book", "a sad face"),
+    *("a dog", "an owl", "a yellow star", "a snowman", "a cup of coffee", "a birthday cake"),
+    *("a car", "a house", "a guitar", "a sunflower"),
+]
+TOKENS = 4096  # denoised at once: those of one picture of 1024²
+
+
+def read_prompts(path) -> list[str]:
+    """The lines of a text file. Raises SnapGenError when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SnapGenError(f"cannot read the prompts in {path}: {e}") from e
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise SnapGenError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+@dataclass
+class Calibration:
+    """N prompts, their noise (N, h, w, C), text states and masks."""
+
+    prompts: list[str]
+    settings: Settings
+    noise: mx.array
+    text: dict
+    masks: dict
+
+    @classmethod
+    def of(cls, model, prompts: list[str] = PROMPTS, seed: int = 0) -> "Calibration":
+        """In the size and with the steps, guidance and shift of the model folder's config."""
+        config = DiTConfig.from_dict(load_config(Path(model) / "transformer"))
+        pipe = Pipeline.load(model, config.variants[-1])
+        settings = pipe.settings("any")
+        shape = (len(prompts), settings.height // 8, settings.width // 8, config.in_channels)
+        noise = mx.random.normal(shape, key=mx.random.key(seed))
+        text, masks = pipe.encode(prompts)
+        mx.eval(noise, text, masks)
+        return cls(prompts, settings, noise, text, masks)
+
+    def steps(self, dit: DiT, count: int | None = None) -> Iterator[Iterator[Step]]:
+        """The (unevaluated) steps of the first ``count`` prompts, batch after batch."""
+        s, count = self.settings, count or len(self.prompts)
+        tokens = self.noise[0, ..., 0].size // dit.config.patch_size**2
+        size = max(1, TOKENS // tokens)
+        for i in range(0, count, size):
+            part = slice(i, min(i + size, count))
+            text, masks = ({k: a[part] for k, a in d.items()} for d in (self.text, self.masks))
+            sigmas = schedule(s.steps, s.shift)
+            yield denoise(dit, self.noise[part], text, masks, sigmas, s.guidance)
+
+    def latents(self, dit: DiT, count: int | None = None) -> tuple[mx.array, mx.array]:
+        """Latents (count, h, w, C) after the first step and after the last."""
+        first, last = [], []
+        for steps in self.steps(dit, count):
+            for step in steps:
+                mx.eval(step.x)
+                if step.index == 0:
+                    first.append(step.x)
+            last.append(step.x)
+        return mx.concatenate(first), mx.concatenate(last)
+
+
+def psnr(latents: mx.array, reference: mx.array) -> float:
+    """Peak signal-to-noise ratio in dB; the peak is the largest magnitude in ``reference``."""
+    error = (latents - reference).square().mean().sqrt().item()
+    return 20 * math.log10(mx.abs(reference).max().item() / error) if error else math.inf

@@ -1,0 +1,318 @@
+"""A float model folder in, one of few bits out, compared with the float one."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import DiTConfig
+from ..convert.formats import open_weights
+from ..convert.hub import COMPONENTS
+from ..convert.plan import TOKENIZERS, Component, Row
+from ..convert.steps import COPY
+from ..convert.write import check_disk, verify, write_components
+from ..errors import SnapGenError, UsageError
+from ..files import atomic_folder
+from ..memory import format_bytes
+from ..models.dit import DiT
+from ..models.elastic import slice_flat
+from ..pipeline import Pipeline
+from ..safetensors_io import DTYPES
+from ..weights import (
+    assign,
+    compute_dtype,
+    load_config,
+    load_dit,
+    load_infos,
+    load_supernet,
+    write_json,
+)
+from .backends import Affine, Backend, Palette, backend_of, half
+from .calibration import PROMPTS, Calibration, psnr
+from .plot import draw, import_matplotlib
+from .recipe import (
+    Recipe,
+    average_bits,
+    check_budget,
+    design,
+    least_bits,
+    quantizable,
+    uniform,
+)
+from .sensitivity import measure
+
+BITS = 4.3
+GEMMA, GEMMA_BITS = Affine(64), 4
+OTHER_BITS = 8  # of palettes outside the recipe: convolutions, the autoencoder, CLIP
+ENTRY, LAYER = 120, 200  # bytes at most: of a tensor in a file's header, of a layer in JSON files
+SEARCH = 7  # halvings of the range of bits for a given PSNR
+PICTURES = 4  # that both autoencoders decode
+
+
+def quantize(
+    model,
+    dest,
+    *,
+    backend: str = "affine",
+    bits: float | None = None,
+    size: int | None = None,
+    target: float | None = None,
+    recipe: Recipe | str | Path | None = None,
+    method: str = "density",
+    prompts: list[str] = PROMPTS,
+    sensitivity=None,
+    plot=None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Write the float model folder ``model`` in few bits to the new folder ``dest``.
+
+    Args: backend, "affine" or "palette"; then one of bits, the average over the weights of the
+        transformer's Linear layers (4.3 when nothing is given), size, bytes of the whole folder at
+        most, target, PSNR of the final latents in dB at least, or recipe, one or its file; method
+        of a recipe to be made, "density" or "mse"; prompts to measure with; sensitivity, the file
+        that keeps the measurement (DEST.sensitivity.json when not given), progress(done, in all)
+        of it, and plot, a PNG to draw it in.
+    The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
+    of 64; with palettes convolutions, autoencoder and CLIP get 8 bits. What is left becomes 16
+    bits. Returns a report (JSON-ready) of what was read back. Raises UsageError for a request that
+    cannot be met, SnapGenError for damaged files and for a recipe of another architecture.
+    """
+    model, dest = Path(model), Path(dest).expanduser().absolute()
+    if plot:
+        import_matplotlib()  # before the long measurement
+    if sum(x is not None for x in (bits, size, target, recipe)) > 1:
+        raise UsageError("bits, size, PSNR and recipe exclude each other; give one of them")
+    config = DiTConfig.from_dict(load_config(model / "transformer"))
+    _check_float(model)
+    form = backend_of(backend, config)
+    shapes = quantizable(config, form.group)
+    with atomic_folder(dest) as tmp:
+        others = _write_others(model, tmp, form)
+        if recipe is None:
+            budget = BITS if bits is None else bits
+            if size is not None:
+                budget = _affordable(size - folder_bytes(tmp), model, config, shapes, form)
+            if target is None:
+                check_budget(shapes, budget)  # before the long measurement
+            calibration = Calibration.of(model, prompts)
+            path = sensitivity or dest.with_name(f"{dest.name}.sensitivity.json")
+            found = measure(model, form, calibration, path, progress)
+
+            def make(budget: float) -> Recipe:
+                return design(config, shapes, found, budget, method)
+
+            if target is None:
+                recipe = make(budget)
+            else:
+                recipe = _search(target, make, least_bits(shapes), model, form, calibration)
+            if plot:
+                draw(found, recipe.layers, plot)
+        elif not isinstance(recipe, Recipe):
+            recipe = Recipe.load(recipe, config, shapes)
+        part = _transformer(model, recipe, form)
+        check_disk(tmp, {part.name: part})
+        write_components(tmp, {part.name: part}, "mlx")
+        write_json(tmp / part.name / "config.json", part.config)
+        recipe.save(tmp / "recipe.json")
+        written = verify(tmp, {**others, part.name: part})
+        report = {
+            "backend": form.name,
+            "method": recipe.method,
+            "bits": average_bits(recipe.layers, shapes),
+            "layers": dict(sorted(Counter(recipe.layers.values()).items())),
+            "bytes": folder_bytes(tmp),
+            "parts": {name: _stored(model / name, part) for name, part in written.items()},
+        }
+        if size is not None and report["bytes"] > size:
+            raise SnapGenError(f"{dest} came out at {format_bytes(report['bytes'])}, above --size")
+        return report | _compare(model, tmp, Calibration.of(model, prompts, seed=1))
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+
+
+# --- the recipe
+
+
+def _check_float(model: Path) -> None:
+    for key, info in load_infos(model / "transformer").items():
+        if not mx.issubdtype(DTYPES.get(info.dtype, mx.int8), mx.floating):
+            raise UsageError(
+                f"{model} is quantized already ({key} is stored as {info.dtype}); quantize the "
+                "float model that it was made from"
+            )
+
+
+def _affordable(size: int, model: Path, config: DiTConfig, shapes: dict, form: Backend) -> float:
+    """Average bits with which the transformer's folder has at most ``size`` bytes."""
+    part = _transformer(model, uniform(config, shapes, 8), form)
+    weights = sum(map(prod, shapes.values()))  # one byte each at 8 bits
+    entries = sum(len(row.entries()) for row in part.rows)
+    fixed = part.nbytes - weights + ENTRY * entries + LAYER * len(shapes)
+    least = fixed + least_bits(shapes) * weights / 8
+    if size < least:
+        raise UsageError(
+            f"the folder would need {format_bytes(int(least - size))} more even with the fewest "
+            "bits; allow a larger size"
+        )
+    return min(8, 8 * (size - fixed) / weights)
+
+
+def rounded(params: dict, recipe: Recipe, form: Backend) -> dict:
+    """Flat parameters of a supernet with the layers' weights as the recipe leaves them."""
+    out = dict(params)
+    for layer, bits in recipe.layers.items():
+        key = f"{layer}.weight"
+        out[key] = form.roundtrip(params[key], bits).astype(params[key].dtype)
+        mx.eval(out[key])
+    return out
+
+
+def _search(
+    target: float,
+    make: Callable[[float], Recipe],
+    least: float,
+    model: Path,
+    form: Backend,
+    calibration: Calibration,
+) -> Recipe:
+    """The recipe of the fewest bits whose PSNR reaches ``target`` at every width, by halving."""
+    config, params = load_supernet(model)
+
+    def latents(params: dict) -> list[mx.array]:
+        out = []
+        for i in range(len(config.widths)):
+            dit = DiT(config.variant(i) if len(config.widths) > 1 else config)
+            cut = slice_flat(params, config, i)
+            assign(dit, {k: a.astype(compute_dtype()) for k, a in cut.items()}, model)
+            out.append(calibration.latents(dit)[1])
+        return out
+
+    references = latents(params)
+
+    def score(recipe: Recipe) -> float:
+        return min(map(psnr, latents(rounded(params, recipe, form)), references))
+
+    low, high, best = least, 8.0, make(8)
+    if (most := score(best)) < target:
+        raise UsageError(f"a PSNR of {target:g} dB cannot be had; 8 bits give {most:.1f} dB")
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        if score(recipe := make(middle)) >= target:
+            high, best = middle, recipe
+        else:
+            low = middle
+    return best
+
+
+# --- writing
+
+
+def _component(folder: Path, bits_of: Callable[[str, tuple], int | None], form) -> Component:
+    """What becomes of a folder's tensors: few bits where ``bits_of`` names them, else 16."""
+    config = load_config(folder)
+    part = Component(folder.name, folder, config, None, folder / "config.json")
+    part.config, part.reader = dict(config), open_weights(folder)
+    for key, info in part.reader.infos.items():
+        dtype = DTYPES[info.dtype]
+        if bits := bits_of(key, info.shape):
+            part.rows += form.rows(key, info.shape, dtype, bits)
+        else:
+            part.rows.append(Row(key, info.shape, "16 bits", key, half(dtype), step=COPY))
+    return part
+
+
+def _is_matrix(key: str, shape: tuple, group: int) -> bool:
+    return key.endswith(".weight") and len(shape) > 1 and shape[-1] % group == 0
+
+
+def _transformer(model: Path, recipe: Recipe, form: Backend) -> Component:
+    def bits_of(key, shape):
+        layer = key.removesuffix(".weight")
+        if layer in recipe.layers:
+            return recipe.layers[layer]
+        is_convolution = len(shape) > 2 and _is_matrix(key, shape, form.group)
+        return OTHER_BITS if is_convolution and isinstance(form, Palette) else None
+
+    part = _component(model / "transformer", bits_of, form)
+    if isinstance(form, Affine):
+        usual = Counter(recipe.layers.values()).most_common(1)[0][0]
+        own = {k: {"group_size": form.group, "bits": b} for k, b in recipe.layers.items()}
+        part.config["quantization"] = {
+            **{"group_size": form.group, "bits": usual},
+            **{layer: how for layer, how in own.items() if how["bits"] != usual},
+        }
+    return part
+
+
+def _other(folder: Path, form: Backend) -> Component:
+    """An autoencoder or a text encoder."""
+    kind = load_config(folder).get("model_type")
+    is_float = not any(key.endswith(".scales") for key in load_infos(folder))
+    if kind in ("gemma3_text", "gemma3") and is_float:
+
+        def gemma_bits(key, shape):
+            return GEMMA_BITS if _is_matrix(key, shape, GEMMA.group) else None
+
+        part = _component(folder, gemma_bits, GEMMA)
+        part.config["quantization"] = {"group_size": GEMMA.group, "bits": GEMMA_BITS}
+        return part
+
+    def bits_of(key, shape):
+        is_palette = isinstance(form, Palette) and is_float
+        return OTHER_BITS if is_palette and _is_matrix(key, shape, form.group) else None
+
+    return _component(folder, bits_of, form)
+
+
+def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]:
+    """Everything but the transformer."""
+    names = [n for n in COMPONENTS if n != "transformer" and (model / n).is_dir()]
+    parts = {name: _other(model / name, form) for name in names}
+    check_disk(tmp, parts)
+    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
+    for name in (*names, *TOKENIZERS.values()):
+        if (model / name).is_dir():
+            shutil.copytree(model / name, tmp / name, ignore=weights)
+    for file in model.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, tmp / file.name)
+    write_components(tmp, parts, "mlx")
+    for name, part in parts.items():
+        write_json(tmp / name / "config.json", part.config)
+    return parts
+
+
+# --- afterwards
+
+
+def _stored(folder: Path, written: dict) -> dict:
+    """Bytes of a part's weight files, by its float weights."""
+    count = sum(prod(info.shape) for info in load_infos(folder).values())
+    size = written["bytes_on_disk"]
+    return {"bytes": size, "bits_per_weight": round(8 * size / count, 3)}
+
+
+def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
+    """PSNR, in dB, of each width's latents from the same noise and text; of pictures of the same
+    latents; of the text states."""
+    result = {"psnr": {}}
+    for variant in DiTConfig.from_dict(load_config(model / "transformer")).variants:
+        theirs = calibration.latents(load_dit(model, variant))
+        ours = calibration.latents(load_dit(quantized, variant))
+        first, last = map(psnr, ours, theirs)
+        result["psnr"][variant] = {"first step": first, "last step": last}
+    pictures = [
+        np.stack([np.array(pipe.decode(z[None])) for z in theirs[1][:PICTURES]]).astype(float)
+        for pipe in (Pipeline.load(folder, variant) for folder in (quantized, model))
+    ]
+    result["pictures"] = psnr(*map(mx.array, pictures))
+    states = Calibration.of(quantized, calibration.prompts).text
+    changed = {k: a for k, a in calibration.text.items() if not mx.array_equal(states[k], a)}
+    result["text"] = {k: psnr(states[k], a) for k, a in changed.items()}
+    return result

@@ -1,0 +1,172 @@
+"""How many bits each layer gets: recipes under a budget, and their files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from ..config import DiTConfig
+from ..convert import transformer
+from ..errors import SnapGenError, UsageError
+from ..models.elastic import axis_groups, bank_index, random_supernet
+from ..weights import read_json, write_json
+from .palette import BITS
+
+METHODS = ("density", "mse")
+FORMAT = {"format": "snapgen-mlx-recipe", "version": 1}
+
+
+def quantizable(config: DiTConfig, group: int) -> dict[str, tuple[int, int]]:
+    """Paths and shapes of the Linear layers whose rows are whole groups at every width."""
+    layers = {}
+    for key, a in random_supernet(config).items():  # never evaluated
+        if a.ndim != 2 or not key.endswith(".weight"):
+            continue
+        n, parts = a.shape[1], axis_groups(key)[1]
+        widths = config.widths if parts and bank_index(key) is None else [1]
+        if all(n // (parts or 1) * w % group == 0 for w in widths):
+            layers[key.removesuffix(".weight")] = tuple(a.shape)
+    return layers
+
+
+def is_protected(layer: str) -> bool:
+    """Modulation, text input, head gates and the final layer never have less than 8 bits."""
+    return transformer.bits(layer, 2) > 2
+
+
+@dataclass
+class Recipe:
+    """Bits of each Linear layer by its path in the supernet."""
+
+    architecture: dict
+    layers: dict[str, int]
+    method: str
+
+    def save(self, path) -> None:
+        write_json(path, {**FORMAT, **vars(self)})
+
+    @classmethod
+    def load(cls, path, config: DiTConfig, shapes: dict) -> "Recipe":
+        """A recipe file for a transformer of this architecture with these ``quantizable`` layers.
+
+        Raises SnapGenError for another file, and for a recipe of another architecture.
+        """
+        d = read_json(Path(path))
+        if d.get("format") != FORMAT["format"] or d.get("version") != FORMAT["version"]:
+            raise SnapGenError(f"{path} is no recipe of snapgen-mlx")
+        there, here, layers = d.get("architecture"), architecture(config), d.get("layers")
+        if not isinstance(there, dict) or not isinstance(layers, dict):
+            raise SnapGenError(f"{path} is damaged: a recipe has an architecture and layers")
+        for key in here:
+            if there.get(key) != here[key]:
+                raise SnapGenError(
+                    f"{path} is a recipe for another architecture: its {key} is "
+                    f"{there.get(key)}, this transformer's {here[key]}"
+                )
+        if odd := layers.keys() ^ shapes.keys():
+            raise SnapGenError(f"{path} and this transformer disagree about the layer {min(odd)}")
+        for layer, bits in layers.items():
+            if bits not in BITS:
+                raise SnapGenError(f"{path}: {layer} has {bits} bits; it must be one of {BITS}")
+        return cls(there, layers, str(d.get("method")))
+
+
+def architecture(config: DiTConfig) -> dict:
+    """What a recipe depends on: everything of a transformer but its weights and name."""
+    return {k: v for k, v in config.to_dict().items() if k != "variant"}
+
+
+def uniform(config: DiTConfig, shapes: dict, bits: int) -> Recipe:
+    return Recipe(architecture(config), dict.fromkeys(shapes, bits), "uniform")
+
+
+def code_bits(layers: dict[str, int], shapes: dict) -> int:
+    """Bits of all weights together, without scales or palettes."""
+    return sum(bits * prod(shapes[layer]) for layer, bits in layers.items())
+
+
+def average_bits(layers: dict[str, int], shapes: dict) -> float:
+    return code_bits(layers, shapes) / sum(map(prod, shapes.values()))
+
+
+def least_bits(shapes: dict, protected: Callable[[str], bool] = is_protected) -> float:
+    return average_bits({k: 8 if protected(k) else BITS[0] for k in shapes}, shapes)
+
+
+def check_budget(
+    shapes: dict, budget: float, protected: Callable[[str], bool] = is_protected
+) -> None:
+    """Raise UsageError for average bits that no recipe can have."""
+    least = least_bits(shapes, protected)
+    if not least <= budget <= BITS[-1]:
+        raise UsageError(
+            f"an average of {budget:g} bits is out of range: it must be {least:.2f} (2 bits, and 8 "
+            "in time, text and final layers) to 8"
+        )
+
+
+def design(
+    config: DiTConfig,
+    shapes: dict,
+    sensitivity: dict,
+    budget: float,
+    method: str = "density",
+    protected: Callable[[str], bool] = is_protected,
+) -> Recipe:
+    """The recipe of ``method`` whose ``average_bits`` stay within ``budget``.
+
+    "mse" is the paper's rule [supplement C]: all layers at a few bits, those with the largest
+    output error at these bits at 8. "density" starts at 2 bits and takes, again and again, the
+    step that lessens the error of the final latents most for its bits. That error is measured at 4
+    bits; elsewhere it follows the layer's normalised output error. The errors of all widths are
+    added up. Raises UsageError for a budget out of range.
+    """
+    check_budget(shapes, budget, protected)
+    limit = budget * sum(map(prod, shapes.values()))
+    rule = {"mse": _by_mse, "density": _by_density}[method]
+    layers = rule(sensitivity, shapes, limit, set(filter(protected, shapes)))
+    return Recipe(architecture(config), layers, method)
+
+
+def summed(sensitivity: dict, layer: str, error: Callable[[dict], float]) -> float:
+    """The sum of a layer's errors over the widths that have it."""
+    return sum(map(error, sensitivity[layer].values()))
+
+
+def _by_mse(sensitivity: dict, shapes: dict, limit: float, protected: set) -> dict[str, int]:
+    def all_at(bits: int) -> dict[str, int]:
+        return {layer: 8 if layer in protected else bits for layer in shapes}
+
+    low = max(bits for bits in BITS if code_bits(all_at(bits), shapes) <= limit)
+    layers = all_at(low)
+    left = limit - code_bits(layers, shapes)
+    errors = {k: summed(sensitivity, k, lambda e: e["mse"][str(low)]) for k in shapes}
+    for layer in sorted(shapes, key=errors.get, reverse=True):
+        cost = (8 - layers[layer]) * prod(shapes[layer])
+        if cost <= left:
+            layers[layer], left = 8, left - cost
+    return layers
+
+
+def _by_density(sensitivity: dict, shapes: dict, limit: float, protected: set) -> dict[str, int]:
+    def error(layer: str, bits: int) -> float:
+        def of(e):
+            return e["latents"] * e["nmse"][str(bits)] / max(e["nmse"]["4"], 1e-30)
+
+        return summed(sensitivity, layer, of)
+
+    errors = {layer: {b: error(layer, b) for b in BITS} for layer in shapes}
+    layers = {layer: 8 if layer in protected else BITS[0] for layer in shapes}
+    left = limit - code_bits(layers, shapes)
+    while True:
+        steps = []
+        for layer, now in layers.items():
+            for bits in BITS:
+                cost = (bits - now) * prod(shapes[layer])
+                gain = errors[layer][now] - errors[layer][bits]
+                if 0 < cost <= left and gain > 0:
+                    steps.append((gain / cost, layer, bits, cost))
+        if not steps:
+            return layers
+        _, layer, bits, cost = max(steps)
+        layers[layer], left = bits, left - cost

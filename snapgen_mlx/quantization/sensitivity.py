@@ -1,0 +1,153 @@
+"""What each layer loses when it alone is quantized, measured layer by layer and width by width."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import SnapGenError
+from ..models.dit import DiT
+from ..models.elastic import axis_groups, bank_index, in_bank, leading_slice
+from ..weights import load_dit, load_supernet, load_tensors, read_json, weight_files, write_json
+from .backends import Backend
+from .calibration import Calibration
+from .recipe import BITS, quantizable
+
+ROWS = 512  # of a layer's inputs, over all prompts and steps
+EFFECT_PROMPTS = 4
+EFFECT_BITS = 4
+SAVE_SECONDS = 10
+FORMAT = {"format": "snapgen-mlx-sensitivity", "version": 1}
+
+
+def measure(
+    model,
+    backend: Backend,
+    calibration: Calibration,
+    path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Quantize each layer of the folder ``model`` alone and compare, at every width.
+
+    Returns {layer: {variant: {"mse", "nmse": {bits: error}, "latents": error}}}. mse: mean squared
+    error of the layer's output on a sample of its inputs along the schedule; nmse: the same by the
+    output's power; latents: the squared error of the final latents, by their power, with the layer
+    at 4 bits. Kept in the JSON file ``path``, from which a later call goes on. In memory are one
+    width of the model, ``ROWS`` rows of each of its layers' inputs, and one layer's copies. Raises
+    SnapGenError when ``path`` holds another measurement.
+    """
+    path = Path(path)
+    config, _ = load_supernet(model)
+    layers = quantizable(config, backend.group)
+    found = _open(path, _key(model, backend, calibration))
+    done, saved = found["layers"], time.monotonic()
+    total = sum(_has(layer, i) for layer in layers for i in range(len(config.widths)))
+    try:
+        for index, variant in enumerate(config.variants):
+            todo = [k for k in layers if _has(k, index) and variant not in done.get(k, {})]
+            for layer, errors in _measure(model, config, index, todo, backend, calibration):
+                done.setdefault(layer, {})[variant] = errors
+                if progress:
+                    progress(sum(map(len, done.values())), total)
+                if time.monotonic() > saved + SAVE_SECONDS:
+                    write_json(path, found)
+                    saved = time.monotonic()
+    finally:
+        write_json(path, found)
+    return done
+
+
+def _has(layer: str, index: int) -> bool:
+    return bank_index(layer) in (None, index)
+
+
+def _measure(model, config, index: int, layers: list[str], backend, calibration):
+    """Yield each layer with its errors at one width."""
+    if not layers:
+        return
+    dit = load_dit(model, config.variants[index])
+    tensors = load_tensors(Path(model) / "transformer")
+    modules, inputs = dict(dit.named_modules()), layer_inputs(dit, calibration)
+    _, reference = calibration.latents(dit, EFFECT_PROMPTS)
+    for layer in layers:
+        name = layer if bank_index(layer) is None else in_bank(layer, 0)
+        groups = axis_groups(f"{layer}.weight")
+        weight = tensors.pop(f"{layer}.weight")  # left there, it would stay in memory
+        module, x = modules[name], inputs.pop(name)
+        cut = partial(leading_slice, groups=groups, width=config.widths[index], path=layer)
+        # Quantized whole, then cut: so a narrower width gets it.
+        errors = _output_errors(weight, x.astype(mx.float32), cut, backend)
+        original = module.weight
+        module.weight = cut(backend.roundtrip(weight, EFFECT_BITS)).astype(original.dtype)
+        _, latents = calibration.latents(dit, EFFECT_PROMPTS)
+        module.weight = original
+        error = (latents - reference).square().mean() / reference.square().mean()
+        yield layer, errors | {"latents": error.item()}
+
+
+def layer_inputs(dit: DiT, calibration: Calibration) -> dict[str, mx.array]:
+    """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule."""
+    paths = {id(m): path for path, m in dit.named_modules() if isinstance(m, nn.Linear)}
+    taken = {path: [] for path in paths.values()}
+    rng, original = np.random.default_rng(0), nn.Linear.__call__
+    batches = sum(1 for _ in calibration.steps(dit))
+    share = max(1, ROWS // (batches * calibration.settings.steps))
+
+    def call(layer, x):
+        if path := paths.get(id(layer)):
+            rows = x.reshape(-1, x.shape[-1])
+            chosen = rng.permutation(len(rows))[:share]
+            taken[path].append(rows[mx.array(chosen)])
+        return original(layer, x)
+
+    with mock.patch.object(nn.Linear, "__call__", call):
+        for steps in calibration.steps(dit):
+            for step in steps:
+                mx.eval(step.x, taken)
+    return {path: mx.concatenate(parts) for path, parts in taken.items()}
+
+
+def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backend) -> dict:
+    """Squared errors of the output of a layer with these inputs, by bits."""
+
+    def power(weight: mx.array) -> mx.array:
+        return (x @ cut(weight.astype(mx.float32)).T).square().mean()
+
+    whole = max(power(weight).item(), 1e-30)
+    mse = {str(b): power(backend.roundtrip(weight, b) - weight).item() for b in BITS}
+    return {"mse": mse, "nmse": {b: error / whole for b, error in mse.items()}}
+
+
+def _key(model, backend: Backend, calibration: Calibration) -> dict:
+    """What a measurement depends on."""
+    digest = hashlib.sha256()
+    for file in sorted(set(weight_files(Path(model) / "transformer").values())):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    s = calibration.settings
+    return {
+        "transformer": digest.hexdigest(),
+        "backend": backend.name,
+        "group": backend.group,
+        "prompts": calibration.prompts,
+        "sampling": [s.steps, s.guidance, s.shift, s.width, s.height],
+    }
+
+
+def _open(path: Path, key: dict) -> dict:
+    if not path.exists():
+        return {**FORMAT, "of": key, "layers": {}}
+    found = read_json(path)
+    if found.get("format") != FORMAT["format"] or found.get("version") != FORMAT["version"]:
+        raise SnapGenError(f"{path} holds no sensitivities; choose another file for them")
+    if differ := [k for k in key if found.get("of", {}).get(k) != key[k]]:
+        raise SnapGenError(
+            f"{path} was measured with another {', '.join(differ)}; remove it or choose another"
+        )
+    return found
