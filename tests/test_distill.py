@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image
 
+from snapgen_mlx.cli.main import main
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import bank_index, slice_flat
+from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.sampling import denoise, schedule
 from snapgen_mlx.training import kdmd
 from snapgen_mlx.training.checkpoint import load_state
@@ -35,7 +39,9 @@ from snapgen_mlx.training.elastic import add_noise
 from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, Watch, dmd_loss, sample_taus
 from snapgen_mlx.training.loop import fixed_batches
 from snapgen_mlx.training.lora import SCALE, lora_params
+from snapgen_mlx.weights import load_supernet
 
+from .tiny import write_tiny_model
 from .toy import ToyText, toy_config, toy_data, toy_params
 from .toy_distill import (
     RANK,
@@ -664,3 +670,123 @@ def test_what_counts_as_failed(monitor, value, what):
     kdmd.check(sound)
     with pytest.raises(SnapGenError, match=f"the pictures {what}"):
         kdmd.check(sound | {monitor: value})
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Two tiny models and a folder of pictures."""
+    folder = tmp_path_factory.mktemp("material")
+    mx.disable_compile()
+    write_tiny_model(folder / "model")
+    write_tiny_model(folder / "other", seed=5)
+    (folder / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+        image.save(folder / "data" / f"{i}.png")
+        (folder / "data" / f"{i}.txt").write_text("a red dog" if i % 2 else "a happy cat")
+    return folder
+
+
+def invoke(material, output, **options):
+    options = {"steps": 10, "batch": 4, "learning-rate": 1e-3, "warmup": 1} | options
+    args = ["distill", material / "model", material / "data", "-o", output]
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in options.items()]
+    return CliRunner().invoke(main, [*map(str, args), *flags])
+
+
+@pytest.fixture(scope="module")
+def few_step(material, tmp_path_factory):
+    """The output of DMD on the full width, fused too."""
+    output = tmp_path_factory.mktemp("few") / "out"
+    options = {"method": "kdmd", "loss": "dmd", "rank": 2, "sample-every": 10, "fuse": True}
+    options["learning-rate"] = 3e-2
+    result = invoke(material, output, **options)
+    assert result.exit_code == 0, result.output
+    assert "loss critic" in result.output and "weights changed: full" in result.output
+    return output
+
+
+def draw(model, **options) -> np.ndarray:
+    return np.asarray(Pipeline.load(model, **options).generate("a smiling cat"), np.float32)
+
+
+def test_a_fused_width_is_a_four_step_model(material, few_step):
+    """It draws what the base does with the LoRA in four steps."""
+    pipe = Pipeline.load(few_step)
+    s = pipe.settings("a cat")
+    assert pipe.dit_config.variants == ["full"] and (s.steps, s.guidance, s.shift) == (4, 1, 3)
+    loras = [(few_step / "lora.safetensors", 1.0)]
+    plain = Pipeline.load(material / "model", "full", loras=loras)
+    expected = np.asarray(plain.generate("a smiling cat", steps=4, guidance=1.0), np.float32)
+    ours = draw(few_step)
+    assert np.abs(ours - expected).max() <= 1
+    without = Pipeline.load(material / "model", "full")
+    before = np.asarray(without.generate("a smiling cat", steps=4, guidance=1.0), np.float32)
+    assert np.abs(ours - before).max() > 1
+    assert (few_step / "run" / "grids" / "00000010.png").is_file()
+
+
+def test_a_few_step_lora_teaches_a_narrower_width(material, few_step, tmp_path):
+    """Found in the teacher's folder too; the LoRA made becomes that width's."""
+    model = shutil.copytree(material / "model", tmp_path / "model")
+    (model / "few_step").mkdir()
+    shutil.copy(few_step / "lora.safetensors", model / "few_step" / "full.safetensors")
+    options = {"method": "kdmd", "variant": "tiny", "rank": 2}
+    result = invoke(material, tmp_path / "a", **options, teacher=model)
+    assert result.exit_code == 0, result.output
+    given = {"few-step-lora": few_step / "lora.safetensors"}
+    result = invoke(material, tmp_path / "b", **options, **given)
+    assert result.exit_code == 0, result.output
+    a, b = (mx.load(str(tmp_path / name / "lora.safetensors")) for name in "ab")
+    assert same(a, b) and any("lora_B" in k and mx.any(v) for k, v in a.items())
+    assert not any("projector" in k for k in a)
+    shutil.copy(tmp_path / "a" / "lora.safetensors", model / "few_step" / "tiny.safetensors")
+    assert Pipeline.load(model, "tiny").settings("a cat").steps == 4
+    assert np.abs(draw(model, variant="tiny") - draw(material / "model", variant="tiny")).max() > 1
+
+
+def test_kd_trains_a_model_of_all_widths(material, tmp_path):
+    """With a teacher that reads captions by a table of its own."""
+    result = invoke(material, tmp_path / "out", method="kd", teacher=material / "other")
+    assert result.exit_code == 0, result.output
+    assert "weights changed: tiny" in result.output
+    assert result.output.count("captions") == 2  # of the student's encoder and of the teacher's
+    weights = load_supernet(tmp_path / "out")[1]
+    assert weights.keys() == load_supernet(material / "model")[1].keys()
+    for variant in ("tiny", "full"):
+        draw(tmp_path / "out", variant=variant)
+
+
+def test_the_same_command_goes_on(material, tmp_path):
+    """Out of time before the student's first update, then run to its end: as if at once."""
+    options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "rank": 2}
+    result = invoke(material, tmp_path / "a", **options, minutes=1e-9)
+    assert result.exit_code == 1 and "1 steps changed no weight" in result.stderr
+    assert load_state(tmp_path / "a" / "run")[1]["step"] == 1
+    for name in "ab":
+        assert invoke(material, tmp_path / name, **options).exit_code == 0
+    assert same(*(mx.load(str(tmp_path / name / "lora.safetensors")) for name in "ab"))
+
+
+def test_requests_that_cannot_be_met(material, tmp_path):
+    output = tmp_path / "out"
+    for options, code, message in (
+        ({"method": "kd", "variant": "tiny"}, 2, "--variant is not for --method kd"),
+        ({"method": "kdmd", "subnets": "all"}, 2, "--subnets is not for --method kdmd"),
+        ({"method": "kdmd"}, 2, "the teacher has no few-step LoRA to learn from"),
+        ({"method": "kdmd", "loss": "dmd", "variant": "huge"}, 2, "no variant 'huge'"),
+        ({"method": "kdmd", "teacher": tmp_path / "none"}, 1, "no such file or folder"),
+        ({"method": "kd", "batch": 3, "accumulate": 2}, 2, "does not divide into 2 parts"),
+    ):
+        result = invoke(material, output, **options)
+        assert result.exit_code == code and message in result.stderr, result.output
+        assert "Traceback" not in result.stderr
+    vae = shutil.copytree(material / "model", tmp_path / "vae") / "vae" / "config.json"
+    vae.write_text(vae.read_text().replace('"blocks": 1', '"blocks": 2'))
+    result = invoke(material, output, method="kd", teacher=tmp_path / "vae")
+    assert result.exit_code == 2 and "has another autoencoder" in result.stderr
+    assert not (output / "lora.safetensors").exists() and not (output / "config.json").exists()
