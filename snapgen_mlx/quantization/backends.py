@@ -24,10 +24,10 @@ class Affine:
     group: int
     name = "affine"
 
-    def roundtrip(self, weight: mx.array, bits: int) -> mx.array:
-        """The weight as it is computed with."""
+    def rounding(self, weight: mx.array, bits: int) -> mx.array:
+        """What the weight changes by."""
         packed = mx.quantize(weight.astype(half(weight.dtype)), self.group, bits)
-        return mx.dequantize(*packed, self.group, bits)
+        return mx.dequantize(*packed, self.group, bits) - weight
 
     def rows(self, key: str, shape: tuple, dtype: mx.Dtype, bits: int) -> list[Row]:
         action = f"{bits} bits"
@@ -42,9 +42,9 @@ class Palette:
     name = "palette"
     group = 32  # words hold whole multiples of so many indices, whatever their bits
 
-    def roundtrip(self, weight: mx.array, bits: int) -> mx.array:
-        """The weight as it is computed with."""
-        return palette.roundtrip(weight.astype(half(weight.dtype)), bits)
+    def rounding(self, weight: mx.array, bits: int) -> mx.array:
+        """What the weight changes by."""
+        return palette.roundtrip(weight.astype(half(weight.dtype)), bits) - weight
 
     def rows(self, key: str, shape: tuple, dtype: mx.Dtype, bits: int) -> list[Row]:
         found = []  # the writer asks for the indices, then for the values

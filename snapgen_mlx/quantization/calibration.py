@@ -9,8 +9,7 @@ import mlx.core as mx
 
 from ..config import DiTConfig
 from ..errors import SnapGenError
-from ..models.dit import DiT
-from ..pipeline import Pipeline, Settings
+from ..pipeline import Pipeline
 from ..sampling import Step, denoise, schedule
 from ..weights import load_config
 
@@ -36,47 +35,52 @@ def read_prompts(path) -> list[str]:
 
 @dataclass
 class Calibration:
-    """N prompts, their noise (N, h, w, C), text states and masks."""
+    """N prompts with their noise (N, h, w, C), text states and masks."""
 
     prompts: list[str]
-    settings: Settings
     noise: mx.array
     text: dict
     masks: dict
 
     @classmethod
     def of(cls, model, prompts: list[str] = PROMPTS, seed: int = 0) -> "Calibration":
-        """In the size and with the steps, guidance and shift of the model folder's config."""
-        config = DiTConfig.from_dict(load_config(Path(model) / "transformer"))
-        pipe = Pipeline.load(model, config.variants[-1])
-        settings = pipe.settings("any")
-        shape = (len(prompts), settings.height // 8, settings.width // 8, config.in_channels)
+        """For a model folder, in the size that its config names."""
+        pipe = load_widths(model)[-1]
+        s = pipe.settings("any")
+        shape = (len(prompts), s.height // 8, s.width // 8, pipe.dit_config.in_channels)
         noise = mx.random.normal(shape, key=mx.random.key(seed))
         text, masks = pipe.encode(prompts)
         mx.eval(noise, text, masks)
-        return cls(prompts, settings, noise, text, masks)
+        return cls(prompts, noise, text, masks)
 
-    def steps(self, dit: DiT, count: int | None = None) -> Iterator[Iterator[Step]]:
-        """The (unevaluated) steps of the first ``count`` prompts, batch after batch."""
-        s, count = self.settings, count or len(self.prompts)
-        tokens = self.noise[0, ..., 0].size // dit.config.patch_size**2
+    def steps(self, pipe: Pipeline, count: int | None = None) -> Iterator[Iterator[Step]]:
+        """The (unevaluated) steps of the first ``count`` prompts, batch after batch, as this width
+        of the model is used: its own number of steps, guidance, shift and few-step LoRA."""
+        s, count = pipe.settings("any"), count or len(self.prompts)
+        tokens = self.noise[0, ..., 0].size // pipe.dit_config.patch_size**2
         size = max(1, TOKENS // tokens)
         for i in range(0, count, size):
             part = slice(i, min(i + size, count))
             text, masks = ({k: a[part] for k, a in d.items()} for d in (self.text, self.masks))
             sigmas = schedule(s.steps, s.shift)
-            yield denoise(dit, self.noise[part], text, masks, sigmas, s.guidance)
+            yield denoise(pipe.dit, self.noise[part], text, masks, sigmas, s.guidance)
 
-    def latents(self, dit: DiT, count: int | None = None) -> tuple[mx.array, mx.array]:
+    def latents(self, pipe: Pipeline, count: int | None = None) -> tuple[mx.array, mx.array]:
         """Latents (count, h, w, C) after the first step and after the last."""
         first, last = [], []
-        for steps in self.steps(dit, count):
+        for steps in self.steps(pipe, count):
             for step in steps:
                 mx.eval(step.x)
                 if step.index == 0:
                     first.append(step.x)
             last.append(step.x)
         return mx.concatenate(first), mx.concatenate(last)
+
+
+def load_widths(model) -> list[Pipeline]:
+    """The pipelines of a model folder's widths, narrowest first; their weights are not yet read."""
+    config = DiTConfig.from_dict(load_config(Path(model) / "transformer"))
+    return [Pipeline.load(model, variant) for variant in config.variants]
 
 
 def psnr(latents: mx.array, reference: mx.array) -> float:

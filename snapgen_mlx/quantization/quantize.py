@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -14,25 +14,15 @@ from ..convert.formats import open_weights
 from ..convert.hub import COMPONENTS
 from ..convert.plan import TOKENIZERS, Component, Row
 from ..convert.steps import COPY
-from ..convert.write import check_disk, verify, write_components
+from ..convert.write import check_disk, copy_few_steps, verify, write_components
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder
 from ..memory import format_bytes
-from ..models.dit import DiT
-from ..models.elastic import slice_flat
 from ..pipeline import Pipeline
 from ..safetensors_io import DTYPES
-from ..weights import (
-    assign,
-    compute_dtype,
-    load_config,
-    load_dit,
-    load_infos,
-    load_supernet,
-    write_json,
-)
+from ..weights import load_config, load_infos, load_tensors, write_json
 from .backends import Affine, Backend, Palette, backend_of, half
-from .calibration import PROMPTS, Calibration, psnr
+from .calibration import PROMPTS, Calibration, load_widths, psnr
 from .plot import draw, import_matplotlib
 from .recipe import (
     Recipe,
@@ -43,7 +33,7 @@ from .recipe import (
     quantizable,
     uniform,
 )
-from .sensitivity import measure
+from .sensitivity import cutter, has, measure, own_path
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
@@ -163,14 +153,21 @@ def _affordable(size: int, model: Path, config: DiTConfig, shapes: dict, form: B
     return min(8, 8 * (size - fixed) / weights)
 
 
-def rounded(params: dict, recipe: Recipe, form: Backend) -> dict:
-    """Flat parameters of a supernet with the layers' weights as the recipe leaves them."""
-    out = dict(params)
-    for layer, bits in recipe.layers.items():
-        key = f"{layer}.weight"
-        out[key] = form.roundtrip(params[key], bits).astype(params[key].dtype)
-        mx.eval(out[key])
-    return out
+def load_rounded(model: Path, layers: dict[str, int], form: Backend) -> Iterator[Pipeline]:
+    """The model's widths, one after the other, with these layers rounded to so many bits."""
+    for index, pipe in enumerate(load_widths(model)):
+        tensors = load_tensors(model / "transformer")
+        modules = dict(pipe.dit.named_modules())
+        for layer, bits in layers.items():
+            if has(layer, index):
+                change = form.rounding(tensors.pop(f"{layer}.weight"), bits)
+                change = cutter(layer, pipe.dit_config.widths[index])(change)
+                module = modules[own_path(layer)]
+                # Not in the place of it: a few-step LoRA may be fused with the weight.
+                module.weight = module.weight + change.astype(module.weight.dtype)
+                mx.eval(module.weight)
+        yield pipe
+        pipe.free("dit")
 
 
 def _search(
@@ -182,21 +179,14 @@ def _search(
     calibration: Calibration,
 ) -> Recipe:
     """The recipe of the fewest bits whose PSNR reaches ``target`` at every width, by halving."""
-    config, params = load_supernet(model)
 
-    def latents(params: dict) -> list[mx.array]:
-        out = []
-        for i in range(len(config.widths)):
-            dit = DiT(config.variant(i) if len(config.widths) > 1 else config)
-            cut = slice_flat(params, config, i)
-            assign(dit, {k: a.astype(compute_dtype()) for k, a in cut.items()}, model)
-            out.append(calibration.latents(dit)[1])
-        return out
+    def latents(layers: dict[str, int]) -> list[mx.array]:
+        return [calibration.latents(pipe)[1] for pipe in load_rounded(model, layers, form)]
 
-    references = latents(params)
+    references = latents({})
 
     def score(recipe: Recipe) -> float:
-        return min(map(psnr, latents(rounded(params, recipe, form)), references))
+        return min(map(psnr, latents(recipe.layers), references))
 
     low, high, best = least, 8.0, make(8)
     if (most := score(best)) < target:
@@ -282,6 +272,7 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]
     for file in model.iterdir():
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
+    copy_few_steps(model, tmp)
     write_components(tmp, parts, "mlx")
     for name, part in parts.items():
         write_json(tmp / name / "config.json", part.config)
@@ -302,14 +293,15 @@ def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
     """PSNR, in dB, of each width's latents from the same noise and text; of pictures of the same
     latents; of the text states."""
     result = {"psnr": {}}
-    for variant in DiTConfig.from_dict(load_config(model / "transformer")).variants:
-        theirs = calibration.latents(load_dit(model, variant))
-        ours = calibration.latents(load_dit(quantized, variant))
-        first, last = map(psnr, ours, theirs)
-        result["psnr"][variant] = {"first step": first, "last step": last}
+    for float_pipe, pipe in zip(load_widths(model), load_widths(quantized), strict=True):
+        theirs = calibration.latents(float_pipe)
+        first, last = map(psnr, calibration.latents(pipe), theirs)
+        result["psnr"][pipe.variant] = {"first step": first, "last step": last}
+        float_pipe.free("dit")
+        pipe.free("dit")
     pictures = [
-        np.stack([np.array(pipe.decode(z[None])) for z in theirs[1][:PICTURES]]).astype(float)
-        for pipe in (Pipeline.load(folder, variant) for folder in (quantized, model))
+        np.stack([np.array(p.decode(z[None])) for z in theirs[1][:PICTURES]]).astype(float)
+        for p in (pipe, float_pipe)
     ]
     result["pictures"] = psnr(*map(mx.array, pictures))
     states = Calibration.of(quantized, calibration.prompts).text

@@ -12,11 +12,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import SnapGenError
-from ..models.dit import DiT
 from ..models.elastic import axis_groups, bank_index, in_bank, leading_slice
-from ..weights import load_dit, load_supernet, load_tensors, read_json, weight_files, write_json
+from ..pipeline import Pipeline
+from ..weights import load_supernet, load_tensors, read_json, weight_files, write_json
 from .backends import Backend
-from .calibration import Calibration
+from .calibration import Calibration, load_widths
 from .recipe import BITS, quantizable
 
 ROWS = 512  # of a layer's inputs, over all prompts and steps
@@ -45,59 +45,68 @@ def measure(
     path = Path(path)
     config, _ = load_supernet(model)
     layers = quantizable(config, backend.group)
-    found = _open(path, _key(model, backend, calibration))
+    pipes = load_widths(model)
+    found = _open(path, _key(model, pipes, backend, calibration))
     done, saved = found["layers"], time.monotonic()
-    total = sum(_has(layer, i) for layer in layers for i in range(len(config.widths)))
+    total = sum(has(layer, i) for layer in layers for i in range(len(config.widths)))
     try:
         for index, variant in enumerate(config.variants):
-            todo = [k for k in layers if _has(k, index) and variant not in done.get(k, {})]
-            for layer, errors in _measure(model, config, index, todo, backend, calibration):
+            todo = [k for k in layers if has(k, index) and variant not in done.get(k, {})]
+            for layer, errors in _measure(pipes[index], config, index, todo, backend, calibration):
                 done.setdefault(layer, {})[variant] = errors
                 if progress:
                     progress(sum(map(len, done.values())), total)
                 if time.monotonic() > saved + SAVE_SECONDS:
                     write_json(path, found)
                     saved = time.monotonic()
+            pipes[index].free("dit")
     finally:
         write_json(path, found)
     return done
 
 
-def _has(layer: str, index: int) -> bool:
+def has(layer: str, index: int) -> bool:
+    """Whether the width of this index has the layer."""
     return bank_index(layer) in (None, index)
 
 
-def _measure(model, config, index: int, layers: list[str], backend, calibration):
+def _measure(pipe, config, index: int, layers: list[str], backend, calibration):
     """Yield each layer with its errors at one width."""
     if not layers:
         return
-    dit = load_dit(model, config.variants[index])
-    tensors = load_tensors(Path(model) / "transformer")
-    modules, inputs = dict(dit.named_modules()), layer_inputs(dit, calibration)
-    _, reference = calibration.latents(dit, EFFECT_PROMPTS)
+    tensors = load_tensors(pipe.folder / "transformer")
+    modules, inputs = dict(pipe.dit.named_modules()), layer_inputs(pipe, calibration)
+    _, reference = calibration.latents(pipe, EFFECT_PROMPTS)
     for layer in layers:
-        name = layer if bank_index(layer) is None else in_bank(layer, 0)
-        groups = axis_groups(f"{layer}.weight")
         weight = tensors.pop(f"{layer}.weight")  # left there, it would stay in memory
-        module, x = modules[name], inputs.pop(name)
-        cut = partial(leading_slice, groups=groups, width=config.widths[index], path=layer)
-        # Quantized whole, then cut: so a narrower width gets it.
+        module, x = modules[own_path(layer)], inputs.pop(own_path(layer))
+        cut = cutter(layer, config.widths[index])
         errors = _output_errors(weight, x.astype(mx.float32), cut, backend)
         original = module.weight
-        module.weight = cut(backend.roundtrip(weight, EFFECT_BITS)).astype(original.dtype)
-        _, latents = calibration.latents(dit, EFFECT_PROMPTS)
+        module.weight = original + cut(backend.rounding(weight, EFFECT_BITS)).astype(original.dtype)
+        _, latents = calibration.latents(pipe, EFFECT_PROMPTS)
         module.weight = original
         error = (latents - reference).square().mean() / reference.square().mean()
         yield layer, errors | {"latents": error.item()}
 
 
-def layer_inputs(dit: DiT, calibration: Calibration) -> dict[str, mx.array]:
+def own_path(layer: str) -> str:
+    """A layer's path in the model of one width."""
+    return layer if bank_index(layer) is None else in_bank(layer, 0)
+
+
+def cutter(layer: str, width: float) -> Callable[[mx.array], mx.array]:
+    """Cuts a width out of a layer's weight. Weights are rounded whole, then cut, as when loaded."""
+    return partial(leading_slice, groups=axis_groups(f"{layer}.weight"), width=width, path=layer)
+
+
+def layer_inputs(pipe: Pipeline, calibration: Calibration) -> dict[str, mx.array]:
     """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule."""
-    paths = {id(m): path for path, m in dit.named_modules() if isinstance(m, nn.Linear)}
+    paths = {id(m): path for path, m in pipe.dit.named_modules() if isinstance(m, nn.Linear)}
     taken = {path: [] for path in paths.values()}
     rng, original = np.random.default_rng(0), nn.Linear.__call__
-    batches = sum(1 for _ in calibration.steps(dit))
-    share = max(1, ROWS // (batches * calibration.settings.steps))
+    batches = sum(1 for _ in calibration.steps(pipe))
+    share = max(1, ROWS // (batches * pipe.settings("any").steps))
 
     def call(layer, x):
         if path := paths.get(id(layer)):
@@ -107,7 +116,7 @@ def layer_inputs(dit: DiT, calibration: Calibration) -> dict[str, mx.array]:
         return original(layer, x)
 
     with mock.patch.object(nn.Linear, "__call__", call):
-        for steps in calibration.steps(dit):
+        for steps in calibration.steps(pipe):
             for step in steps:
                 mx.eval(step.x, taken)
     return {path: mx.concatenate(parts) for path, parts in taken.items()}
@@ -120,23 +129,24 @@ def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backen
         return (x @ cut(weight.astype(mx.float32)).T).square().mean()
 
     whole = max(power(weight).item(), 1e-30)
-    mse = {str(b): power(backend.roundtrip(weight, b) - weight).item() for b in BITS}
+    mse = {str(b): power(backend.rounding(weight, b)).item() for b in BITS}
     return {"mse": mse, "nmse": {b: error / whole for b, error in mse.items()}}
 
 
-def _key(model, backend: Backend, calibration: Calibration) -> dict:
+def _key(model, pipes: list[Pipeline], backend: Backend, calibration: Calibration) -> dict:
     """What a measurement depends on."""
     digest = hashlib.sha256()
-    for file in sorted(set(weight_files(Path(model) / "transformer").values())):
+    files = sorted(set(weight_files(Path(model) / "transformer").values()))
+    for file in files + [pipe.few_step for pipe in pipes if pipe.few_step]:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-    s = calibration.settings
+    settings = [pipe.settings("any") for pipe in pipes]
     return {
         "transformer": digest.hexdigest(),
         "backend": backend.name,
         "group": backend.group,
         "prompts": calibration.prompts,
-        "sampling": [s.steps, s.guidance, s.shift, s.width, s.height],
+        "sampling": [[s.steps, s.guidance, s.shift, s.width, s.height] for s in settings],
     }
 
 
