@@ -88,7 +88,7 @@ def main():
     results = {}
     for variant in args.variants:
         for loss in LOSSES:
-            kdmd = KDMDOptions(args.learning_rate, loss=loss, rank=args.rank, steps=args.steps)
+            kdmd = KDMDOptions(args.learning_rate, loss=loss, lora=args.rank, steps=args.steps)
             if loss == "kd":  # which updates the student at every step
                 kdmd.steps, kdmd.warmup = (
                     n // kdmd.critic_steps for n in (args.steps, kdmd.warmup)

@@ -6,12 +6,9 @@ from click.core import ParameterSource
 from .arguments import data_options, model_argument, read_pictures
 from .finetune import follow
 
-OF_KD = ("validation", "subnets", "lora")
-OF_KDMD = (
-    *("variant", "few_step_lora", "loss", "rank", "critic_steps", "guidance", "noised_real"),
-    "fuse",
-)
-RATES = {"kd": 1e-4, "kdmd": 5e-5}
+OF_KD = ("validation", "subnets")
+OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
+DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 
 
 @click.command()
@@ -42,6 +39,11 @@ RATES = {"kd": 1e-4, "kdmd": 5e-5}
     type=click.FloatRange(0, min_open=True),
     help="[default: 1e-4 for kd, 5e-5 for kdmd]",
 )
+@click.option(
+    "--lora",
+    type=click.IntRange(1, 1024),
+    help="Train LoRAs of this rank  [default: 64 for kdmd; kd trains all weights].",
+)
 @click.option("--warmup", type=click.IntRange(0), default=20, show_default=True, help="Steps.")
 @click.option(
     "--sample-every",
@@ -59,7 +61,6 @@ RATES = {"kd": 1e-4, "kdmd": 5e-5}
     show_default=True,
     help="kd: narrower widths trained in a step beside the full one.",
 )
-@click.option("--lora", type=click.IntRange(1, 1024), help="kd: train a LoRA of this rank.")
 @click.option("--variant", help="kdmd: the width to distil  [default: the widest].")
 @click.option(
     "--few-step-lora",
@@ -73,7 +74,6 @@ RATES = {"kd": 1e-4, "kdmd": 5e-5}
     show_default=True,
     help="kdmd: dmd needs no few-step LoRA; kd follows the few-step teacher alone.",
 )
-@click.option("--rank", type=click.IntRange(1, 1024), default=64, show_default=True, help="kdmd.")
 @click.option(
     "--critic-steps",
     type=click.IntRange(1),
@@ -102,7 +102,6 @@ def distill(
     batch,
     sample_every,
     seed,
-    learning_rate,
     validation,
     variant,
     few_step_lora,
@@ -137,10 +136,8 @@ def distill(
 
     Options = KDOptions if method == "kd" else KDMDOptions
     fields = Options.__dataclass_fields__
-    options = Options(
-        learning_rate=learning_rate or RATES[method],
-        **{k: v for k, v in options.items() if k in fields},
-    )
+    options = {k: v for k, v in options.items() if k in fields and v is not None}
+    options = Options(**DEFAULTS[method] | options)
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     run.sample_every = run.validate_every = sample_every
 

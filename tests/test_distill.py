@@ -702,7 +702,7 @@ def invoke(material, output, **options):
 def few_step(material, tmp_path_factory):
     """The output of DMD on the full width, fused too."""
     output = tmp_path_factory.mktemp("few") / "out"
-    options = {"method": "kdmd", "loss": "dmd", "rank": 2, "sample-every": 10, "fuse": True}
+    options = {"method": "kdmd", "loss": "dmd", "lora": 2, "sample-every": 10, "fuse": True}
     options["learning-rate"] = 3e-2
     result = invoke(material, output, **options)
     assert result.exit_code == 0, result.output
@@ -735,7 +735,7 @@ def test_a_few_step_lora_teaches_a_narrower_width(material, few_step, tmp_path):
     model = shutil.copytree(material / "model", tmp_path / "model")
     (model / "few_step").mkdir()
     shutil.copy(few_step / "lora.safetensors", model / "few_step" / "full.safetensors")
-    options = {"method": "kdmd", "variant": "tiny", "rank": 2}
+    options = {"method": "kdmd", "variant": "tiny", "lora": 2}
     result = invoke(material, tmp_path / "a", **options, teacher=model)
     assert result.exit_code == 0, result.output
     given = {"few-step-lora": few_step / "lora.safetensors"}
@@ -763,7 +763,7 @@ def test_kd_trains_a_model_of_all_widths(material, tmp_path):
 
 def test_the_same_command_goes_on(material, tmp_path):
     """Out of time before the student's first update, then run to its end: as if at once."""
-    options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "rank": 2}
+    options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "lora": 2}
     result = invoke(material, tmp_path / "a", **options, minutes=1e-9)
     assert result.exit_code == 1 and "1 steps changed no weight" in result.stderr
     assert load_state(tmp_path / "a" / "run")[1]["step"] == 1

@@ -75,7 +75,7 @@ def toy_kdmd(watch=None, params: dict | None = None, **options) -> KDMDTrainer:
     dit = toy_model(2 if params else 0, params=params)
     attach_lora(dit, lora_params(dit.config, RANK))
     teacher = Teacher(toy_model(2, params=params)) if params else toy_teacher()
-    defaults = dict(learning_rate=1e-3, steps=30, warmup=0, rank=RANK, average_from=10)
+    defaults = dict(learning_rate=1e-3, steps=30, warmup=0, lora=RANK, average_from=10)
     return KDMDTrainer(dit, teacher, KDMDOptions(**defaults | options), watch=watch)
 
 

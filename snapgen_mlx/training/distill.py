@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import DiTConfig
 from ..errors import UsageError
@@ -51,11 +51,17 @@ class Teacher:
         self.own_text, self.fingerprint = own_text, fingerprint
         self.features = model.config.hidden_size
         self._names = list(model.config.text_dims)
+        mx.eval(model.parameters())
         self._models = {False: model, True: few_step and with_lora(model, few_step)}
 
     @property
     def is_few_step(self) -> bool:
         return bool(self._models[True])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(a.nbytes for _, a in tree_flatten(self._models[False].parameters()))
 
     def text_encoders(self) -> list:
         """Those that it needs beside the student's."""

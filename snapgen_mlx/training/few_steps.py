@@ -1,12 +1,15 @@
 """Distilling one width of a model folder into four steps: teacher, data, run, LoRA."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..errors import SnapGenError, UsageError
 from ..lora import fuse_lora, load_lora
+from ..models.dit import DiT
 from ..models.elastic import slice_flat
 from ..pipeline import load_vae
 from ..sampling import FEW_STEPS
@@ -14,10 +17,18 @@ from ..weights import load_dit
 from .checkpoint import fingerprint
 from .data import Example, LatentDataset
 from .distill import Teacher, teach
-from .finetune import LORA, check_output, encode_data, float_supernet, write_model
+from .finetune import (
+    LORA,
+    check_output,
+    encode_data,
+    float_supernet,
+    training_memory,
+    write_model,
+)
 from .kdmd import SEEDS, KDMDOptions, KDMDTrainer, Watch
 from .loop import LOG, RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
+from .memory import TrainingMemory
 from .report import can_plot, plot_losses
 
 CAPTIONS = 4  # that a run is watched by
@@ -44,6 +55,7 @@ def distill_few_steps(
     lacks, SnapGenError for a run that fails.
     """
     model, output = Path(model), Path(output)
+    world = mx.distributed.init()
     check_output(model, output)
     if kdmd.loss != "dmd" and not teacher.is_few_step:
         raise UsageError(
@@ -52,7 +64,8 @@ def distill_few_steps(
         )
     dit = load_dit(model, variant)
     variant = dit.config.variants[0]
-    attach_lora(dit, lora_params(dit.config, kdmd.rank))
+    few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
+    attach_lora(dit, lora_params(dit.config, kdmd.lora))
     (data,) = yield from encode_data(model, [examples], output / "cache")
     sets = yield from teach(teacher, [data, to_watch(data)], output / "cache")
     run = output / "run"
@@ -63,7 +76,7 @@ def distill_few_steps(
         yield record
         if can_plot() and ("done" in record or "val/std" in record):
             plot_losses(run / LOG, run / "loss.png")
-    if (record["stopped"] and not record["done"]) or mx.distributed.init().rank():
+    if (record["stopped"] and not record["done"]) or world.rank():
         return
 
     change = lora_change(trainer.bind(trainer.lora))
@@ -80,6 +93,15 @@ def distill_few_steps(
         updates = load_lora(output / LORA, config, index)
         weights = fuse_lora(slice_flat(params, config, index), updates)
         write_model(model, output, dit.config, weights, FEW_STEPS)
+
+
+def few_steps_memory(model: Path, dit: DiT, teacher, rank: int) -> TrainingMemory:
+    """Predicts what distilling one width of a model folder needs."""
+    frozen = sum(a.nbytes for _, a in tree_flatten(dit.parameters()))
+    # The critic: its LoRA in float32, Adam's two moments and gradients.
+    critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
+    memory = training_memory(model, teacher.nbytes + critic)
+    return replace(memory, config=dit.config, frozen=frozen)
 
 
 def to_watch(data: LatentDataset) -> LatentDataset:

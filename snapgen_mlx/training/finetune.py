@@ -69,7 +69,8 @@ def finetune(
     model, output = Path(model), Path(output)
     check_output(model, output)
     processes = mx.distributed.init().size()
-    training_memory(model).check(elastic, -(-options.batch // processes))
+    memory = training_memory(model, teacher.nbytes if teacher else 0)
+    memory.check(elastic, -(-options.batch // processes))
     trainer = make_trainer(model, elastic, options.seed, teacher)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
@@ -118,8 +119,9 @@ def check_output(model: Path, output: Path) -> None:
         raise UsageError(f"{output} holds another model; choose another folder")
 
 
-def training_memory(model: Path) -> TrainingMemory:
-    """Predicts what training a model folder at its own picture size needs."""
+def training_memory(model: Path, beside: int = 0) -> TrainingMemory:
+    """Predicts what training a model folder at its own picture size needs, with ``beside`` bytes
+    of what else is held."""
     config = DiTConfig.from_dict(load_config(model / "transformer"))
     latent = load_config(model).get("sampling", {}).get("size", 1024) // 8
     tokens = 1 + sum(TEXT_TOKENS.get(name, 0) for name in config.text_dims)
@@ -129,7 +131,7 @@ def training_memory(model: Path) -> TrainingMemory:
     if mx.default_device() == mx.gpu and any(key.endswith(".scales") for key in infos):
         full = sum(a.size for a in random_supernet(config).values())
         each = sum(info.nbytes for info in infos.values()) / full  # packed weights stay packed
-    return TrainingMemory(config, (latent, latent), tokens, int(each * weights))
+    return TrainingMemory(config, (latent, latent), tokens, int(each * weights), beside)
 
 
 def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:

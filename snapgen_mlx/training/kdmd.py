@@ -45,7 +45,7 @@ class KDMDOptions(AdamOptions):
     final_rate: float = 1.0
     ema: float = 0.99
     average_from: int = 200  # the step from which the student's mean is kept
-    rank: int = 64
+    lora: int = 64  # rank of the LoRAs
     loss: str = "kdmd"  # or "dmd", or "kd" (the 4-step teacher alone)
     critic_steps: int = 5  # steps of the critic to one of the student
     guidance: float = 4.0  # of the teacher
@@ -106,8 +106,9 @@ class KDMDTrainer:
     ):
         o = self.options = options
         self.model, self.teacher, self.watch = model, teacher, watch
+        mx.eval(model.parameters())  # or every compiled function holds its own
         self.fingerprints = fingerprints or {}
-        params = lora_params(model.config, o.rank, seed)
+        params = lora_params(model.config, o.lora, seed)
         if o.loss != "dmd":
             phi = projector(model.config.hidden_size, teacher.features, mx.random.key(seed))
             params |= {f"{PROJECTOR}.0.{name}": a for name, a in phi.items()}
@@ -117,7 +118,7 @@ class KDMDTrainer:
         self.student = LoRAWeights(params, own, o.average_from // turns)
         self.critic = None
         if o.loss != "kd":
-            self.critic = LoRAWeights(lora_params(model.config, o.rank, seed), replace(o, ema=0))
+            self.critic = LoRAWeights(lora_params(model.config, o.lora, seed), replace(o, ema=0))
         self.steps = mx.array(0)
         if o.checkpoint:
             for block in (*model.down, *model.mid, *model.up):

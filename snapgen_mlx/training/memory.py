@@ -24,18 +24,20 @@ class TrainingMemory:
     """Predicts the peak of ``ElasticTrainer.step``.
 
     Args: config, of the supernet; size (H, W) of a latent; text_tokens, per picture; frozen,
-        bytes of the weights that a LoRA trains beside.
+        bytes of the weights that a LoRA trains beside; beside, bytes of what else is held, such
+        as a teacher.
     """
 
     config: DiTConfig
     size: tuple[int, int]
     text_tokens: int
     frozen: int
+    beside: int = 0
 
     def state(self, options: ElasticOptions) -> int:
-        """Bytes of float32 weights, Adam's two moments, the average, and what is frozen."""
+        """Bytes of float32 weights, Adam's two moments, the average; what is frozen or beside."""
         kept = (3 + bool(options.ema)) * 4 * self._trained(options)
-        return kept + (self.frozen if options.lora else 0)
+        return kept + (self.frozen if options.lora else 0) + self.beside
 
     def peak(self, options: ElasticOptions, batch: int) -> int:
         """Peak bytes of a step on ``batch`` pictures (those of one process)."""
