@@ -103,7 +103,7 @@ def quantize(
                 draw(found, recipe.layers, plot)
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe, config, shapes)
-        part = _transformer(model, recipe, form)
+        part = transformer_part(model, recipe, form)
         check_disk(tmp, {part.name: part})
         write_components(tmp, {part.name: part}, "mlx")
         write_json(tmp / part.name / "config.json", part.config)
@@ -140,7 +140,7 @@ def _check_float(model: Path) -> None:
 
 def _affordable(size: int, model: Path, config: DiTConfig, shapes: dict, form: Backend) -> float:
     """Average bits with which the transformer's folder has at most ``size`` bytes."""
-    part = _transformer(model, uniform(config, shapes, 8), form)
+    part = transformer_part(model, uniform(config, shapes, 8), form)
     weights = sum(map(prod, shapes.values()))  # one byte each at 8 bits
     entries = sum(len(row.entries()) for row in part.rows)
     fixed = part.nbytes - weights + ENTRY * entries + LAYER * len(shapes)
@@ -221,7 +221,7 @@ def _is_matrix(key: str, shape: tuple, group: int) -> bool:
     return key.endswith(".weight") and len(shape) > 1 and shape[-1] % group == 0
 
 
-def _transformer(model: Path, recipe: Recipe, form: Backend) -> Component:
+def transformer_part(model: Path, recipe: Recipe, form: Backend) -> Component:
     def bits_of(key, shape):
         layer = key.removesuffix(".weight")
         if layer in recipe.layers:
@@ -240,7 +240,7 @@ def _transformer(model: Path, recipe: Recipe, form: Backend) -> Component:
     return part
 
 
-def _other(folder: Path, form: Backend) -> Component:
+def other_part(folder: Path, form: Backend) -> Component:
     """An autoencoder or a text encoder."""
     kind = load_config(folder).get("model_type")
     is_float = not any(key.endswith(".scales") for key in load_infos(folder))
@@ -263,7 +263,7 @@ def _other(folder: Path, form: Backend) -> Component:
 def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]:
     """Everything but the transformer."""
     names = [n for n in COMPONENTS if n != "transformer" and (model / n).is_dir()]
-    parts = {name: _other(model / name, form) for name in names}
+    parts = {name: other_part(model / name, form) for name in names}
     check_disk(tmp, parts)
     weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
     for name in (*names, *TOKENIZERS.values()):
