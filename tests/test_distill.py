@@ -662,7 +662,6 @@ def test_a_collapse_is_caught(tmp_path):
         ("std", 1.31, "saturate: 1.3 times the contrast"),
         ("colour", 1.6, "saturate: .* 1.6 times its colour"),
         ("spread", 0.3, "collapse: .* differ 0.3 times"),
-        ("error", 2.5, "leave the teacher's: 2.5 times as far off"),
     ],
 )
 def test_what_counts_as_failed(monitor, value, what):
