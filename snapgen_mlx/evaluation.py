@@ -18,6 +18,7 @@ from .training.data import Example, encode_images
 from .training.elastic import validation_loss
 from .training.finetune import encode_data
 from .training.loop import fixed_batches
+from .weights import load_dit
 
 BATCH_PIXELS = 2**20  # validated at once
 
@@ -37,8 +38,8 @@ def evaluate(
     when all show one concept. Yields first the records of ``encode_data``; then what is measured:
     ``pictures``, ``concepts``, ``drawn``, ``steps``, ``guidance`` and, when any is drawn, the
     shares by ``chance``; then for each of ``variants`` (all when None) its name as ``variant``,
-    its ``loss`` and its ``shares``. Raises UsageError for an unknown variant, or a picture that
-    does not fit into memory.
+    the ``loss`` of its base and its ``shares``. Raises UsageError for an unknown variant, or a
+    picture that does not fit into memory.
     """
     pipe = Pipeline.load(model, variants and variants[0], guidance=guidance, keep_encoders=False)
     variants = variants or pipe.dit_config.variants
@@ -71,7 +72,9 @@ def evaluate(
         if jobs:
             drawn = draw_latents(pipe, jobs)
             record |= shares(ranks(drawn, [concepts[i] for i in chosen], real, concepts))
-        record["loss"] = validation_loss(pipe.dit, fixed)
+        pipe.free("dit")
+        # Distilled into few steps, a width has another aim than the flow loss.
+        record["loss"] = validation_loss(load_dit(pipe.folder, name), fixed)
         yield record
 
 

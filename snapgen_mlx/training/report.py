@@ -33,7 +33,7 @@ class Report:
 
     def __init__(self, run: Path, model: Path, captions: list[str], options: RunOptions):
         self.run, self.options = run, options
-        self.pipe = Pipeline(model, keep_encoders=False)
+        self.pipe = Pipeline(model, base=True, keep_encoders=False)
         captions = list(dict.fromkeys(captions))
         n = min(PROMPTS, len(captions))
         jobs = []
