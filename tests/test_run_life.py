@@ -105,27 +105,32 @@ def test_killed_at_random_moments(start, tmp_path, reference):
     """Ten kills, also while a state is written; losses and weights as if there were none."""
     run, expected = tmp_path / "run", log(reference)
     first, killed = [], 0
-    for _ in range(10):
+    while killed < 10:
         process = start("-m", "tests.toy", run, STEPS, 0.0005)
-        if line := process.stdout.readline():  # empty: too late, the run has ended
-            assert losses(json.loads(line)) in expected
-            first.append(json.loads(line)["step"])
+        line = process.stdout.readline()
         time.sleep(random.uniform(0, 0.1))
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-    assert killed >= 4 and first[-1] > first[0], first
+        record = losses(json.loads(line or "{}"))
+        if not line or record == {"step": STEPS}:  # all steps were made before this kill
+            shutil.rmtree(run)
+        else:
+            assert record in expected
+            first.append(record["step"])
+    assert max(first) > min(first), first  # some went on from a state
     # What a kill amid writing leaves, whether or not one hit it.
+    run.mkdir(exist_ok=True)
     (run / ".state-00000007.abc.safetensors").write_bytes(b"half")
     with open(run / "log.jsonl", "a") as f:
         f.write('{"step": 99, "loss/full": 0.1}\n{"step": 3, "lo')
     (run / f"state-{STEPS:08d}.json").unlink(missing_ok=True)
     last = list(toy_run(run, STEPS))
-    assert last[-1]["done"] and last[0]["step"] > 2
+    assert last[-1]["done"]
     assert log(run) == expected
     (state, info), (state2, info2) = load_state(run), load_state(reference)
     assert same(state, state2) and info["step"] == info2["step"] == STEPS
-    assert len(names(run)) == 5 and not [n for n in names(run) if n.startswith(".")]
+    assert len(names(run)) in (3, 5) and not [n for n in names(run) if n.startswith(".")]
     assert list(toy_run(run, STEPS)) == [{"step": STEPS, "done": True, "stopped": False}]
 
 
