@@ -30,9 +30,10 @@ import numpy as np
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.models.elastic import random_supernet, slice_flat
 from snapgen_mlx.pipeline import load_text_encoders, load_vae, resolve_model
-from snapgen_mlx.training.data import LatentDataset, cached_latents, read_folder
+from snapgen_mlx.training.data import LatentDataset, cached_latents
 from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
 from snapgen_mlx.training.loop import LOG, RunOptions, train
+from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.weights import write_json
 
 SIZE = (64, 64)  # pixels of a picture: half the embedded model's, at one latent position a token

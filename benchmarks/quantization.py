@@ -39,7 +39,8 @@ from snapgen_mlx.quantization.recipe import (
     uniform,
 )
 from snapgen_mlx.quantization.sensitivity import measure
-from snapgen_mlx.training.data import encode_images, read_folder
+from snapgen_mlx.training.data import encode_images
+from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.weights import load_config, load_infos, write_json
 
 PAPER = 4.3  # bits

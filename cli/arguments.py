@@ -1,5 +1,7 @@
 """What commands share: a model that may be left out, and pictures with captions."""
 
+from pathlib import Path
+
 import click
 
 
@@ -26,10 +28,41 @@ def data_options(command):
     )
 
 
+def training_options(command):
+    """Options of every training's run, for ``RunOptions`` and ``AdamOptions``, and --resume."""
+    positive = click.FloatRange(0, min_open=True)
+    options = [
+        click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
+        click.option("--minutes", type=positive, help="Stop after this long."),
+        click.option("--batch", type=click.IntRange(1), default=8, show_default=True),
+        click.option(
+            "--accumulate",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Parts that a batch goes through in, one after the other: less memory.",
+        ),
+        click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+        click.option(
+            "--resume", is_flag=True, help="Fail unless OUTPUT holds a run to go on with."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def check_resume(output, resume: bool) -> None:
+    """Raise UsageError when --resume finds no run."""
+    if resume and not any(Path(output, "run").glob("state-*.json")):
+        raise click.UsageError(f"there is no run in {output} to resume; leave out --resume")
+
+
 def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) -> list:
     """Examples of a folder; bad ones are an error, or left out and named on standard error."""
     from snapgen_mlx.errors import SnapGenError
-    from snapgen_mlx.training.data import read_folder, scan_folder, shorten
+    from snapgen_mlx.training.pictures import read_folder, scan_folder, shorten
 
     if not skip_bad:
         return read_folder(folder, caption)

@@ -3,7 +3,7 @@
 import click
 from click.core import ParameterSource
 
-from .arguments import data_options, model_argument, read_pictures
+from .arguments import check_resume, data_options, model_argument, read_pictures, training_options
 from .finetune import follow
 
 OF_KD = ("validation", "subnets")
@@ -23,17 +23,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 )
 @click.option("--teacher", help="Model folder or Hub id; its full width teaches  [default: MODEL].")
 @data_options
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--accumulate",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Parts that a batch goes through in, one after the other: less memory.",
-)
-@click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time.")
+@training_options
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
@@ -52,7 +42,6 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
     show_default=True,
     help="Steps from one grid of sample pictures to the next.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--validation", type=click.Path(file_okay=False), help="kd: held-out pictures.")
 @click.option(
     "--subnets",
@@ -102,6 +91,7 @@ def distill(
     batch,
     sample_every,
     seed,
+    resume,
     validation,
     variant,
     few_step_lora,
@@ -117,6 +107,7 @@ def distill(
     As few_step/VARIANT.safetensors in MODEL it is used from then on. The run's state, log and
     pictures are kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it stopped.
     """
+    check_resume(output, resume)
     context = click.get_current_context()
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:

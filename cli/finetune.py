@@ -6,11 +6,17 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import click
 
-from .arguments import data_options, encoded, model_argument, read_pictures
+from .arguments import (
+    check_resume,
+    data_options,
+    encoded,
+    model_argument,
+    read_pictures,
+    training_options,
+)
 
 
 @click.command()
@@ -20,6 +26,7 @@ from .arguments import data_options, encoded, model_argument, read_pictures
 @click.option("--full", is_flag=True, help="Train all weights: the default.")
 @click.option("--lora", type=click.IntRange(1, 1024), help="Train a LoRA of this rank instead.")
 @data_options
+@training_options
 @click.option("--validation", type=click.Path(file_okay=False), help="Folder of held-out pictures.")
 @click.option("--flip", is_flag=True, help="Mirror pictures at random.")
 @click.option(
@@ -27,17 +34,6 @@ from .arguments import data_options, encoded, model_argument, read_pictures
     type=click.File(encoding="utf-8"),
     help="Prompts, one a line, whose pictures by MODEL are learned too: it forgets less.",
 )
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop after this long.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True)
-@click.option(
-    "--accumulate",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Parts that a batch goes through in, one after the other: less memory.",
-)
-@click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),
@@ -65,9 +61,7 @@ from .arguments import data_options, encoded, model_argument, read_pictures
     show_default=True,
     help="Steps from one grid of sample pictures to the next; 0 for none.",
 )
-@click.option("--resume", is_flag=True, help="Fail unless OUTPUT holds a run to go on with.")
 @click.option("--explain", is_flag=True, help="Only print the memory that this would need.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 def finetune(
     model,
     data,
@@ -99,8 +93,7 @@ def finetune(
     """
     if full and elastic["lora"]:
         raise click.UsageError("--full and --lora exclude each other")
-    if resume and not any(Path(output, "run").glob("state-*.json")):
-        raise click.UsageError(f"there is no run in {output} to resume; leave out --resume")
+    check_resume(output, resume)
     import mlx.core as mx
 
     from snapgen_mlx.pipeline import resolve_model

@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from .pipeline import Pipeline, Settings
-from .training.data import Example, encode_images
+from .training.data import encode_images
 from .training.elastic import validation_loss
 from .training.finetune import encode_data
 from .training.loop import fixed_batches
+from .training.pictures import Example
 from .weights import load_dit
 
 BATCH_PIXELS = 2**20  # validated at once

@@ -24,7 +24,7 @@ from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import bank_index, slice_flat
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.sampling import denoise, schedule
-from snapgen_mlx.training import kdmd
+from snapgen_mlx.training import kdmd, watch
 from snapgen_mlx.training.checkpoint import load_state
 from snapgen_mlx.training.distill import (
     KDOptions,
@@ -36,9 +36,10 @@ from snapgen_mlx.training.distill import (
     timestep_aware,
 )
 from snapgen_mlx.training.elastic import add_noise
-from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, Watch, dmd_loss, sample_taus
+from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
 from snapgen_mlx.training.loop import fixed_batches
 from snapgen_mlx.training.lora import SCALE, lora_params
+from snapgen_mlx.training.watch import Watch
 from snapgen_mlx.weights import load_supernet
 
 from .tiny import write_tiny_model
@@ -572,7 +573,7 @@ def test_pictures_of_a_run(reference):
     names = sorted(p.name for p in (reference / "grids").iterdir())
     assert names == ["00000008.png", "00000012.png"]
     with Image.open(reference / "grids" / names[0]) as image:
-        assert image.size == (4 * 2 * kdmd.SEEDS, 4 * 2)
+        assert image.size == (4 * 2 * watch.SEEDS, 4 * 2)
 
 
 def watched(trainer) -> dict[str, float]:
@@ -584,7 +585,7 @@ def test_monitors_compare_with_the_guided_teacher(tmp_path):
     teacher, student = toy_model(2), toy_model(0)
     latents = {}
     for name, model, sigmas, guidance in (
-        ("theirs", teacher, schedule(kdmd.REFERENCE_STEPS), 3.0),
+        ("theirs", teacher, schedule(watch.REFERENCE_STEPS), 3.0),
         ("ours", student, SIGMAS, 1.0),
     ):
         parts = []
@@ -594,8 +595,8 @@ def test_monitors_compare_with_the_guided_teacher(tmp_path):
         latents[name] = np.concatenate(parts)
 
     def spread(z):
-        pairs = [(a - b) ** 2 for row in z.reshape(2, kdmd.SEEDS, -1) for a in row for b in row]
-        return np.mean(pairs) * kdmd.SEEDS / (kdmd.SEEDS - 1)  # without pairs of the same
+        pairs = [(a - b) ** 2 for row in z.reshape(2, watch.SEEDS, -1) for a in row for b in row]
+        return np.mean(pairs) * watch.SEEDS / (watch.SEEDS - 1)  # without pairs of the same
 
     def colour(z):
         rgb = (z[..., :3] / 4 + 0.5).clip(0, 1)
@@ -666,9 +667,9 @@ def test_a_collapse_is_caught(tmp_path):
 )
 def test_what_counts_as_failed(monitor, value, what):
     sound = dict.fromkeys(("std", "colour", "spread", "error"), 1.0)
-    kdmd.check(sound)
+    watch.check(sound)
     with pytest.raises(SnapGenError, match=f"the pictures {what}"):
-        kdmd.check(sound | {monitor: value})
+        watch.check(sound | {monitor: value})
 
 
 # Commands

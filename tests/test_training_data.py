@@ -19,7 +19,7 @@ from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.static_text import StaticText
 from snapgen_mlx.pipeline import embedded_model
-from snapgen_mlx.training import data as module
+from snapgen_mlx.training import pictures as module
 from snapgen_mlx.training.checkpoint import fingerprint
 from snapgen_mlx.training.data import (
     LatentDataset,
@@ -27,12 +27,10 @@ from snapgen_mlx.training.data import (
     cached_latents,
     cached_states,
     encode_images,
-    load_image,
     nearest_size,
-    read_folder,
-    scan_folder,
 )
 from snapgen_mlx.training.loop import fixed_batches
+from snapgen_mlx.training.pictures import load_image, read_folder, scan_folder
 
 from .tiny import write_tiny_model
 

@@ -242,8 +242,8 @@ def test_full_or_lora(material, tmp_path):
 
 
 def test_resume_wants_a_run(material, tmp_path):
-    args = (material / "model", material / "data", "-o", tmp_path / "out", "--lora", 2, "--resume")
-    result = finetune(*args)
+    args = (material / "model", material / "data", "-o", tmp_path / "out", "--lora", 2)
+    result = finetune("--resume", *args)
     assert result.exit_code == 2 and "no run in" in result.stderr
-    assert finetune(*args[:-1]).exit_code == 0
     assert finetune(*args).exit_code == 0
+    assert finetune("--resume", *args).exit_code == 0

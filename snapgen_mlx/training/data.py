@@ -1,201 +1,27 @@
-"""Pictures with captions: latents in memory, text states on disk, a batch for each step."""
+"""Pictures with captions as a model sees them: latents in memory, text states on disk, a batch for
+each step."""
 
-import csv
 import hashlib
-import io
 import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..config import DiTConfig
 from ..errors import SnapGenError
 from ..files import atomic_write
 from ..safetensors_io import TensorInfo, as_array, numpy_kind, read_header, write_tensors
+from .pictures import Example, load_image
 
-try:
-    import pillow_heif
-except ImportError:
-    pillow_heif = None
-else:
-    pillow_heif.register_heif_opener()
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-PICTURES |= {".heic", ".heif"}
-HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what such a file has after four bytes
-LITTER = {".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini"}
 BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
-ENCODE_BATCH = 32
+ENCODE_BATCH = 32  # pictures in a file of latents; texts encoded at once
+ENCODE_PIXELS = 32 * 128 * 128  # encoded at once: one picture of 1024²
 TEXTS = 256  # in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
-
-
-@dataclass
-class Example:
-    file: Path
-    captions: list[str]
-    digest: str = ""  # SHA-256 of the file
-    aspect: float = 1.0  # width / height, upright
-    concept: str = ""  # what it shows
-
-
-def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
-    """Examples of a folder of pictures, and a line for each picture that cannot be used.
-
-    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``, and in
-    the former optionally ``captions``, a list of phrasings; ``concept`` names what is shown, else
-    the first caption does. Without either file, each picture directly in the folder has its
-    caption in a ``.txt`` of its name. ``caption`` is given to pictures that have none. What systems
-    leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every picture is decoded once.
-    Raises SnapGenError for a folder without pictures.
-    """
-    folder = Path(folder)
-    examples, bad = [], []
-    try:
-        for place, row in _rows(folder):
-            if _is_litter(row):
-                continue
-            try:
-                example = _example(folder, row, caption)
-                place = row["file_name"]
-                example.digest, example.aspect = _check(example.file)
-                examples.append(example)
-            except Exception as e:  # decoders raise almost anything on damaged files
-                bad.append(f"{place} ({_reason(e)})")
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise SnapGenError(f"cannot read the data in {folder}: {_reason(e)}") from e
-    if not examples and not bad:
-        raise SnapGenError(f"{folder} holds no picture; PNG, JPEG, WebP and TIFF are read")
-    return examples, bad
-
-
-def read_folder(folder, caption: str | None = None) -> list[Example]:
-    """``scan_folder`` that raises SnapGenError, naming the bad pictures, when there are any."""
-    examples, bad = scan_folder(folder, caption)
-    if bad:
-        captions = any("(no caption)" in line for line in bad)
-        raise SnapGenError(
-            f"{folder}: {len(bad)} of {len(bad) + len(examples)} pictures cannot be used: "
-            f"{shorten(bad)}; repair them, or leave them out with --skip-bad"
-            + (", or give --caption for those without" if captions else "")
-        )
-    return examples
-
-
-def shorten(items: list[str], most: int = 10) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
-
-
-def _rows(folder: Path) -> Iterator[tuple[str, dict | None]]:
-    """(place, row) of each picture; a row has file_name, text and perhaps captions."""
-    if (path := folder / "metadata.jsonl").is_file():
-        # Not splitlines: JSON strings may hold U+2028 and the like.
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                yield f"{path.name}:{number}", row
-    elif (path := folder / "metadata.csv").is_file():
-        rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
-        for row in rows:
-            yield f"{path.name}:{rows.line_num}", row
-    else:
-        for file in sorted(folder.iterdir()):
-            # Hidden files: a Mac leaves ._NAME.jpg beside NAME.jpg on other systems' disks.
-            if file.suffix.lower() in PICTURES and not file.name.startswith("."):
-                beside = file.with_suffix(".txt")
-                text = beside.read_text(encoding="utf-8-sig") if beside.is_file() else ""
-                yield file.name, {"file_name": file.name, "text": " ".join(text.split())}
-
-
-def _is_litter(row) -> bool:
-    """Whether the row names what systems leave in folders, which lists made by scripts hold."""
-    name = row.get("file_name") if isinstance(row, dict) else None
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    return any(part in LITTER or part.startswith("._") for part in parts)
-
-
-def _example(folder: Path, row, caption: str | None) -> Example:
-    """Raises ValueError for a row that is no example."""
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError("no file_name")
-    # Not by resolved paths: downloaded data sets are folders of links.
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{name} is outside the folder")
-    captions = row.get("captions") or [row.get("text") or caption]
-    if captions == [None]:
-        raise ValueError("no caption")
-    if not isinstance(captions, list) or not all(map(_is_text, captions)):
-        raise ValueError("its captions are no texts")
-    return Example(folder / name, captions, concept=str(row.get("concept") or captions[0]))
-
-
-def _is_text(caption) -> bool:
-    # Half a surrogate pair, which JSON can hold and no tokenizer reads, raises a ValueError.
-    return isinstance(caption, str) and bool(caption.strip().encode())
-
-
-def _check(path: Path) -> tuple[str, float]:
-    """SHA-256 and aspect of a picture's file, once it has been decoded."""
-    data = path.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        if pillow_heif is None and data[4:].startswith(HEIC):
-            raise ValueError("HEIC, read after: pip install 'snapgen-mlx[heic]'") from None
-        raise
-    with image:
-        if image.format != "HEIF":  # which would give its thumbnail
-            image.draft("RGB", (64, 64))  # a JPEG is decoded at a smaller scale: faster
-        width, height = to_rgb(image).size
-    return hashlib.sha256(data).hexdigest(), width / height
-
-
-def _reason(e: Exception) -> str:
-    if isinstance(e, FileNotFoundError):
-        return "missing"
-    if isinstance(e, UnidentifiedImageError):
-        return "not a picture"
-    text = getattr(e, "strerror", None) or str(e) or type(e).__name__
-    return " ".join(text.split())
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: turned as EXIF says, 16 bits scaled, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
-        levels = np.clip(np.asarray(image) / 257, 0, 255).round()
-        image = Image.fromarray(levels.astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels are not read; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_image(path, size: tuple[int, int], mirror: bool = False) -> np.ndarray:
-    """RGB float32 (H, W, 3) in [-1, 1], scaled to cover ``size`` (H, W) and cut at the centre."""
-    try:
-        with Image.open(path) as image:
-            image = to_rgb(image)
-            if image.size != size[::-1]:
-                image = ImageOps.fit(image, size[::-1])
-            if mirror:
-                image = ImageOps.mirror(image)
-            return np.asarray(image, dtype=np.float32) / 127.5 - 1
-    except Exception as e:  # decoders raise almost anything on damaged files
-        raise SnapGenError(f"cannot read the picture {path}: {_reason(e)}") from e
 
 
 def bucket_sizes(base: int, config: DiTConfig) -> list[tuple[int, int]]:
@@ -223,11 +49,10 @@ def encode_images(
     vae,
     files: list[Path],
     size: tuple[int, int],
-    batch: int = ENCODE_BATCH,
     mirror: bool = False,
 ) -> np.ndarray:
-    """Normalised latents (N, H/8, W/8, C) float32 of the pictures."""
-    out = []
+    """Normalised latents (N, H/8, W/8, C) float32 of the pictures, scaled to ``size`` (H, W)."""
+    out, batch = [], max(1, ENCODE_PIXELS // math.prod(size))
     for i in range(0, len(files), batch):
         images = np.stack([load_image(f, size, mirror) for f in files[i : i + batch]])
         out.append(np.array(vae.encode(mx.array(images)).astype(mx.float32)))

@@ -15,7 +15,7 @@ from ..pipeline import load_vae
 from ..sampling import FEW_STEPS
 from ..weights import load_dit
 from .checkpoint import fingerprint
-from .data import Example, LatentDataset
+from .data import LatentDataset
 from .distill import Teacher, teach
 from .finetune import (
     LORA,
@@ -25,11 +25,13 @@ from .finetune import (
     training_memory,
     write_model,
 )
-from .kdmd import SEEDS, KDMDOptions, KDMDTrainer, Watch
+from .kdmd import KDMDOptions, KDMDTrainer
 from .loop import LOG, RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
 from .memory import TrainingMemory
+from .pictures import Example
 from .report import can_plot, plot_losses
+from .watch import SEEDS, Watch
 
 CAPTIONS = 4  # that a run is watched by
 

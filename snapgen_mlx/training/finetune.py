@@ -30,12 +30,13 @@ from ..weights import (
     write_json,
 )
 from .checkpoint import fingerprint
-from .data import Example, LatentDataset, bucket_sizes, cached_latents, cached_states
+from .data import LatentDataset, bucket_sizes, cached_latents, cached_states
 from .distill import TEXT_FOLDERS, KDTrainer, teach, without_projectors
 from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
 from .loop import RunOptions, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
 from .memory import TrainingMemory
+from .pictures import Example
 from .report import Report
 
 LORA = "lora.safetensors"

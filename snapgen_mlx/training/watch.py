@@ -1,0 +1,102 @@
+"""Pictures by which a run of K-DMD is watched, and the signs that it has failed."""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..errors import SnapGenError
+from ..files import atomic_write
+from ..sampling import schedule
+from .kdmd import SHIFT, KDMDTrainer
+
+SEEDS = 4  # pictures of each caption that a run is watched by
+REFERENCE_STEPS = 16  # of the guided teacher, for the pictures to compare with
+# Beyond these, against the teacher's pictures, a run has failed.
+MOST_STD, MOST_COLOUR, LEAST_SPREAD = 1.3, 1.5, 0.4
+
+
+class Watch:
+    """Pictures of a run in four steps beside the guided teacher's from the same noise.
+
+    Writes them to FOLDER/STEP.png, a caption's seeds in a row, the teacher's on the right, and
+    raises SnapGenError for a run that saturates or collapses.
+    """
+
+    def __init__(self, vae, folder):
+        self.vae, self.folder = vae, Path(folder)
+        self._theirs = None
+
+    def __call__(self, trainer: KDMDTrainer, fixed: list) -> dict[str, float]:
+        """Monitors; ``fixed`` batches hold each caption SEEDS times in a row.
+
+        All are relative to the teacher's pictures: "std" of latents, "colour" (the mean range of
+        RGB), "spread" (distance between the seeds of a caption), and "error", the squared distance
+        to the teacher's picture of the same noise, where two of its seeds have 1.
+        """
+        batches = [(eps, text, masks) for _, eps, _, text, masks in fixed]
+        if self._theirs is None:
+            self._theirs = self._draw(partial(guided, trainer), batches)
+        ours = self._draw(trainer.generate, batches)
+        (z, pictures), (z_teacher, pictures_teacher) = ours, self._theirs
+        found = {
+            "std": z.std() / z_teacher.std(),
+            "colour": colour(pictures) / colour(pictures_teacher),
+            "spread": (spread(z) / spread(z_teacher)) ** 0.5,
+            "error": ((z - z_teacher) ** 2).mean() / spread(z_teacher),
+        }
+        self._write(trainer.steps.item(), pictures)
+        check(found)
+        return {f"val/{k}": float(a) for k, a in found.items()}
+
+    def _draw(self, draw, batches: list) -> tuple[np.ndarray, np.ndarray]:
+        """Latents (N, h, w, C) and pictures (N, H, W, 3) in [0, 1]."""
+        latents = [draw(*batch) for batch in batches]
+        pictures = [np.array(self.vae.decode(z).astype(mx.float32)) / 2 + 0.5 for z in latents]
+        return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures).clip(0, 1)
+
+    def _write(self, step: int, pictures: np.ndarray) -> None:
+        if mx.distributed.init().rank():
+            return
+        rows = [a.reshape(-1, SEEDS, *a.shape[1:]) for a in (pictures, self._theirs[1])]
+        grid = np.concatenate(rows, axis=1)  # (captions, 2·SEEDS, H, W, 3)
+        n, m, h, w, _ = grid.shape
+        grid = grid.transpose(0, 2, 1, 3, 4).reshape(n * h, m * w, 3)
+        with atomic_write(self.folder / f"{step:08d}.png") as tmp:
+            Image.fromarray((grid * 255).round().astype(np.uint8)).save(tmp)
+
+
+def check(monitors: dict[str, float]) -> None:
+    """Raises SnapGenError when they say that a run has failed."""
+    m = {k: f"{a:.2g} times" for k, a in monitors.items()}
+    if monitors["spread"] < LEAST_SPREAD:
+        what = f"collapse: the seeds of a caption differ {m['spread']} as much as the teacher's"
+    elif monitors["std"] > MOST_STD or monitors["colour"] > MOST_COLOUR:
+        what = (
+            f"saturate: {m['std']} the contrast of the teacher's latents, {m['colour']} its colour"
+        )
+    else:
+        return
+    raise SnapGenError(f"the pictures {what}; start in another folder with a lower learning rate")
+
+
+def guided(trainer: KDMDTrainer, noise, text, masks) -> mx.array:
+    """Latents (B, H, W, C) of the guided teacher's many steps."""
+    x = noise
+    for now, to in pairwise(schedule(REFERENCE_STEPS, SHIFT)):
+        t = mx.full(len(x), now)
+        x = x + (to - now) * trainer.teacher.velocity(x, t, text, masks, trainer.options.guidance)
+        mx.eval(x)
+    return x
+
+
+def colour(pictures: np.ndarray) -> float:
+    return np.ptp(pictures, axis=-1).mean()
+
+
+def spread(latents: np.ndarray) -> float:
+    """Mean squared difference of two seeds of a caption: twice their variance."""
+    return 2 * latents.reshape(-1, SEEDS, latents[0].size).var(axis=1, ddof=1).mean()
