@@ -69,20 +69,15 @@ class Teacher:
 
     def velocity(self, x_t, t, text, masks, guidance: float = 1.0) -> mx.array:
         """Velocity (B, H, W, C) float32 at x_t, t (B,); guided against the empty text."""
-        model, (text, masks) = self._models[False], self._text(text, masks)
-        if guidance == 1:
-            return model(x_t, t, text, masks).astype(mx.float32)
-        B = len(x_t)
-        condition = model.condition_text(text, masks, B).join(model.condition_text({}, {}, B))
-        time = model.condition_time(mx.concatenate([t, t]))
-        v = model.denoise(mx.concatenate([x_t, x_t]), time, condition).astype(mx.float32)
-        return guide(v[:B], v[B:], guidance)
+        return self.outputs(x_t, t, text, masks, guidance)[0]
 
-    def outputs(self, x_t, t, text, masks, few_step: bool = False) -> tuple[mx.array, mx.array]:
-        """Unguided velocity (B, H, W, C) and final tokens (B, h, w, d), of the 4-step model when
-        ``few_step``; tokens are standardised, both float32."""
+    def outputs(
+        self, x_t, t, text, masks, guidance: float = 1.0, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Velocity (B, H, W, C), guided against the empty text, and final tokens (B, h, w, d), of
+        the 4-step model when ``few_step``; tokens are standardised, both float32."""
         model = self._models[few_step]
-        v, tokens = velocity_and_tokens(model, x_t, t, *self._text(text, masks))
+        v, tokens = velocity_and_tokens(model, x_t, t, *self._text(text, masks), guidance)
         return v, mx.fast.layer_norm(tokens, None, None, 1e-6)
 
     def _text(self, text: dict, masks: dict) -> tuple[dict, dict]:
@@ -112,11 +107,22 @@ def with_lora(model: DiT, updates: dict[str, Update]) -> DiT:
     return model
 
 
-def velocity_and_tokens(model: DiT, x_t, t, text, masks) -> tuple[mx.array, mx.array]:
-    """A model's velocity (B, H, W, C) and its final layer's tokens (B, h, w, d), float32."""
+def velocity_and_tokens(
+    model: DiT, x_t, t, text, masks, guidance: float = 1.0
+) -> tuple[mx.array, mx.array]:
+    """A model's velocity (B, H, W, C), guided against the empty text, and its final layer's tokens
+    (B, h, w, d) given the text, float32."""
+    B = len(x_t)
+    condition = model.condition_text(text, masks, B)
+    if guidance != 1:
+        condition = condition.join(model.condition_text({}, {}, B))
+        x_t, t = (mx.concatenate([a, a]) for a in (x_t, t))
     time = model.condition_time(t)
-    tokens = model.features(x_t, time, model.condition_text(text, masks, len(x_t)))
-    return model.head(tokens, time).astype(mx.float32), tokens.astype(mx.float32)
+    tokens = model.features(x_t, time, condition)
+    v = model.head(tokens, time).astype(mx.float32)
+    if guidance != 1:
+        v = guide(v[:B], v[B:], guidance)
+    return v, tokens[:B].astype(mx.float32)
 
 
 def load_teacher(folder, student, few_step=None) -> Teacher:

@@ -2,7 +2,8 @@
 
 One frozen base of one width carries two LoRAs. The student's draws in four steps. The critic's
 learns the velocity of what the student draws; where it and the guided teacher disagree is how the
-student should change (DMD). A 4-step teacher's velocities and tokens hold the student on course.
+student should change (DMD). A 4-step teacher's velocities and tokens hold the student on course;
+without one the guided teacher's do, so that the student takes its guidance on [Meng et al. 2023].
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class KDMDOptions(AdamOptions):
     ema: float = 0.99
     average_from: int = 200  # the step from which the student's mean is kept
     lora: int = 64  # rank of the LoRAs
-    loss: str = "kdmd"  # or "dmd", or "kd" (the 4-step teacher alone)
+    loss: str = "kdmd"  # or "dmd", or "kd" (the 4-step teacher, or the guided one, alone)
     critic_steps: int = 5  # steps of the critic to one of the student
     guidance: float = 4.0  # of the teacher
     noised_real: bool = False  # x_t from real latents, not from the student's own steps
@@ -155,7 +156,9 @@ class KDMDTrainer:
                 metrics["loss/dmd"], w = dmd_loss(x0, c0, r0)
                 metrics |= {"gap": mx.abs(c0 - r0).mean(), "w": w.mean()}
             if o.loss != "dmd":
-                theirs, target = self.teacher.outputs(x_t, t, text, masks, few_step=True)
+                few = self.teacher.is_few_step
+                guidance = 1.0 if few else o.guidance
+                theirs, target = self.teacher.outputs(x_t, t, text, masks, guidance, few)
                 metrics["loss/out"] = (v - theirs).square().mean()
                 features = feature_loss(tokens, projector_of(own), target)
                 metrics["loss/features"] = features.mean()
