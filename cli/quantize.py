@@ -42,13 +42,22 @@ def size_option(ctx, param, value: str | None) -> int | None:
     type=click.Path(dir_okay=False),
     help="File of the measurement [default: DEST.sensitivity.json].",
 )
+@click.option(
+    "--tune",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Train what stays float to make up for the rounding.",
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the measurement, a PNG.")
-def quantize(model, dest, bits, size, psnr, recipe, method, backend, prompts, sensitivity, plot):
+def quantize(
+    model, dest, bits, size, psnr, recipe, method, backend, prompts, sensitivity, tune, plot
+):
     """Write MODEL, a float model, in few bits to the new folder DEST.
 
     Each layer is measured alone, which takes a while and is kept: an interrupted run goes on, and
     other budgets need no new measurement. Layers that need more bits get more, within --bits,
-    --size or --psnr. DEST/recipe.json fits models fine-tuned from MODEL too.
+    --size or --psnr. DEST/recipe.json fits models fine-tuned from MODEL too. --tune then trains
+    biases, norms and modulation, all widths together; a few hundred steps do.
     """
     from tqdm import tqdm
 
@@ -69,6 +78,11 @@ def quantize(model, dest, bits, size, psnr, recipe, method, backend, prompts, se
         if done == total:
             bars[0].close()
 
+    def follow(record):
+        if "step" in record:
+            losses = [f"{k.split('/')[1]} {v:.2e}" for k, v in record.items() if k[:4] == "out/"]
+            click.echo(f"tuning step {record['step']}/{tune}  {' '.join(losses)}")
+
     try:
         report = run(
             folder,
@@ -83,9 +97,11 @@ def quantize(model, dest, bits, size, psnr, recipe, method, backend, prompts, se
             sensitivity=sensitivity,
             plot=plot,
             progress=progress,
+            tuning=tune or 0,
+            follow=follow,
         )
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on from the last layer measured", err=True)
+        click.echo("interrupted; the same command goes on from what is done", err=True)
         raise
     layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())
     click.echo(f"recipe: {report['bits']:.2f} bits of average ({layers} bits)")

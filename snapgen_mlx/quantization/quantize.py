@@ -34,6 +34,7 @@ from .recipe import (
     uniform,
 )
 from .sensitivity import cutter, has, measure, own_path
+from .tuning import TuningOptions, tune
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
@@ -57,6 +58,8 @@ def quantize(
     sensitivity=None,
     plot=None,
     progress: Callable[[int, int], None] | None = None,
+    tuning: int = 0,
+    follow: Callable[[dict], None] = lambda record: None,
 ) -> dict:
     """Write the float model folder ``model`` in few bits to the new folder ``dest``.
 
@@ -65,7 +68,8 @@ def quantize(
         most, target, PSNR of the final latents in dB at least, or recipe, one or its file; method
         of a recipe to be made, "density" or "mse"; prompts to measure with; sensitivity, the file
         that keeps the measurement (DEST.sensitivity.json when not given), progress(done, in all)
-        of it, and plot, a PNG to draw it in.
+        of it, and plot, a PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose
+        state is kept in DEST.tuning and whose records ``follow`` is given.
     The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
     of 64; with palettes convolutions, autoencoder and CLIP get 8 bits. What is left becomes 16
     bits. Returns a report (JSON-ready) of what was read back. Raises UsageError for a request that
@@ -108,6 +112,10 @@ def quantize(
         write_components(tmp, {part.name: part}, "mlx")
         write_json(tmp / part.name / "config.json", part.config)
         recipe.save(tmp / "recipe.json")
+        if tuning:
+            run = dest.with_name(f"{dest.name}.tuning")
+            for record in tune(model, tmp, prompts, run, TuningOptions(steps=tuning)):
+                follow(record)
         written = verify(tmp, {**others, part.name: part})
         report = {
             "backend": form.name,

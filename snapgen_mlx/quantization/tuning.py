@@ -1,0 +1,130 @@
+"""What rounding took, given back by what stays float [paper, supplement C] (training section 5).
+
+The weights of few bits are frozen. Biases, norms and modulation tables are tuned by
+self-distillation, until velocities and final tokens of every width are the float model's:
+|v_q - v|² + |f_q - f|².
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..files import atomic_write
+from ..lora import LoRALinear
+from ..models.dit import DiT
+from ..safetensors_io import DTYPES, read_header, write_tensors
+from ..sampling import schedule
+from ..training.checkpoint import fingerprint
+from ..training.data import LatentDataset, cached_states
+from ..training.distill import TEXT_FOLDERS, velocity_and_tokens
+from ..training.elastic import ElasticOptions, ElasticTrainer
+from ..training.loop import RunOptions, train
+from ..weights import load_supernet, weight_files
+from .calibration import Calibration, load_widths
+
+SEEDS = (2, 3)  # of the pictures learned from; others than those that measure
+
+
+@dataclass
+class TuningOptions(ElasticOptions):
+    learning_rate: float = 1e-3
+    steps: int = 300
+    warmup: int = 20
+    ema: float = 0.99
+    adaptive: bool = False
+    subnets: str = "all"
+
+
+def is_tuned(path: str) -> bool:
+    """Is it a bias, a norm or a modulation table?"""
+    layer, _, name = path.rpartition(".")
+    return name == "bias" or "norm" in layer.rpartition(".")[2] or "scale_shift_table" in layer
+
+
+class TuningTrainer(ElasticTrainer):
+    """Brings every width of a quantized model to its float one.
+
+    Args beside ``ElasticTrainer``'s: teachers, the float model of each width; sigmas, those at
+    which the model is used.
+    """
+
+    def __init__(self, config, params, options, models, base="", *, teachers, sigmas):
+        super().__init__(config, params, options, models, base)
+        self.teachers, self.sigmas = teachers, mx.array(sigmas)
+        mx.eval([model.parameters() for model in (*models, *teachers)])
+        wrapped = [
+            {path for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+            for model in models
+        ]
+        # A few-step LoRA stands around a packed layer, whose bias it hides.
+        self._inner = [{f"{path}.bias": f"{path}.linear.bias" for path in w} for w in wrapped]
+
+    def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
+        inner = self._inner[index]
+        return super()._bind(index, {inner.get(k, k): a for k, a in own.items()})
+
+    def draw(self, rng, key: mx.array, shape: tuple) -> tuple[dict[str, mx.array], list[int]]:
+        noise, subnets = super().draw(rng, key, shape)
+        noise["t"] = self.sigmas[mx.array(rng.integers(len(self.sigmas), size=shape[0]))]
+        return noise, subnets
+
+    def objective(self, index, own, batch, target, guide):
+        v, tokens = velocity_and_tokens(self._bind(index, own), *batch)
+        v_float, tokens_float = velocity_and_tokens(self.teachers[index], *batch)
+        tokens, tokens_float = (
+            mx.fast.layer_norm(a, None, None, 1e-6) for a in (tokens, tokens_float)
+        )
+        out, features = (v - v_float).square().mean(), (tokens - tokens_float).square().mean()
+        return out + features, {"out": out, "features": features}, v
+
+
+def tune(
+    model, folder, prompts: list[str], run, options: TuningOptions, batch: int = 16
+) -> Iterator[dict]:
+    """Tune the quantized model ``folder``, in its place, to the float ``model`` it was made from.
+
+    Learned from are pictures that the float model draws of ``prompts``, noised as far as the
+    steps of its sampler are; with a few-step LoRA in the folder both have it. Yields the records
+    of ``loop.train``, whose state lies in ``run``. Codes, scales and palettes stay as they are;
+    types and sizes of what is tuned too. Raises SnapGenError for damaged files.
+    """
+    model, folder, run = Path(model), Path(folder), Path(run)
+    config, params = load_supernet(folder)
+    params = {k: a for k, a in params.items() if is_tuned(k)}
+    pipes = load_widths(model)
+    settings = pipes[-1].settings("any")
+    data = yield from drawn(model, pipes[-1], prompts, run / "cache")
+    trainer = TuningTrainer(
+        *(config, params, options, [pipe.dit for pipe in load_widths(folder)]),
+        fingerprint(model / "transformer", folder / "transformer"),
+        teachers=[pipe.dit for pipe in pipes],
+        sigmas=schedule(settings.steps, settings.shift)[:-1],
+    )
+    # What guidance is against needs no text.
+    dropout = 0.0 if settings.guidance == 1 else 0.1
+    o = RunOptions(batch, text_dropout=dropout, save_minutes=1, log_every=10, sample_every=0)
+    yield from train(trainer, data, run, o)
+    replace_tensors(folder / "transformer", trainer.weights.mean)
+
+
+def drawn(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
+    """The data set of a width's own pictures of ``prompts``; yields as ``data.cached_states``."""
+    latents = [Calibration.of(model, prompts, seed).latents(pipe)[1] for seed in SEEDS]
+    latents = np.concatenate([np.array(z.astype(mx.float32)) for z in latents])
+    text = fingerprint(*(model / name for name in TEXT_FOLDERS))
+    encoders = yield from cached_states(pipe.encoders, text, prompts, cache)
+    pipe.free("encoders")
+    return LatentDataset(list(latents), [[p] for _ in SEEDS for p in prompts], encoders)
+
+
+def replace_tensors(folder, arrays: dict[str, mx.array]) -> None:
+    """Put ``arrays`` in the place of a component's tensors of these names, in their types."""
+    for file in sorted(set(weight_files(folder).values())):
+        infos = {k: (DTYPES[i.dtype], i.shape) for k, i in read_header(file).items()}
+        old = mx.load(str(file))
+        new = ((k, arrays.get(k, old[k]).astype(dtype)) for k, (dtype, _) in infos.items())
+        with atomic_write(file) as tmp:
+            write_tensors(tmp, infos, new)
