@@ -26,6 +26,7 @@ from ..weights import load_supernet, weight_files
 from .calibration import Calibration, load_widths
 
 SEEDS = (2, 3)  # of the pictures learned from; others than those that measure
+SAVE_MINUTES = 1.0
 
 
 @dataclass
@@ -105,7 +106,7 @@ def tune(
     )
     # What guidance is against needs no text.
     dropout = 0.0 if settings.guidance == 1 else 0.1
-    o = RunOptions(batch, text_dropout=dropout, save_minutes=1, log_every=10, sample_every=0)
+    o = RunOptions(batch, text_dropout=dropout, save_minutes=SAVE_MINUTES, log_every=10, sample_every=0)
     yield from train(trainer, data, run, o)
     replace_tensors(folder / "transformer", trainer.weights.mean)
 
