@@ -1,17 +1,18 @@
-"""Mixed bits beside uniform ones, as a Markdown table.
+"""Mixed bits beside uniform ones, before and after tuning, as a Markdown table.
 
-    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200]
+    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 80]
 
-MODEL is a float model (runs/embedded/dit-core by default), DATA the folder that
+MODEL is a float model (runs/embedded/model by default), DATA the folder that
 ``benchmarks.embedded.data`` writes. Every row is a model that ``quantize`` wrote to OUT, or MODEL
 itself. Bits are the average over the weights of the transformer's Linear layers; bits on disk
 count its file with scales, biases, palettes and all that stays in 16 bits. PSNR is of the latents
 against MODEL's from the same noise, in dB: of the full width after the first and the last step,
 and of every width after the last. Alignment, as in ``benchmarks.alignment``: share of COUNT
-held-out phrasings whose picture is nearest to the right concept, and among the nearest five.
+held-out phrasings whose picture is nearest to the right concept, and among the nearest five. All
+is of the models as ``generate`` uses them: in four steps where MODEL has few-step LoRAs.
 
-Recipes called "at the size of" another row have as many bytes. Those "unprotected" are allowed
-fewer than 8 bits in time, text and final layers too. What is in OUT already is not made again.
+Recipes called "at the size of" another row have as many bytes; rows "tuned" are their row before
+after TUNE steps. What is in OUT already is not made again.
 """
 
 import argparse
@@ -32,9 +33,7 @@ from snapgen_mlx.quantization.calibration import Calibration, load_widths
 from snapgen_mlx.quantization.quantize import folder_bytes, quantize
 from snapgen_mlx.quantization.recipe import (
     Recipe,
-    average_bits,
     design,
-    is_protected,
     quantizable,
     uniform,
 )
@@ -73,25 +72,15 @@ class Alignment:
 def recipes(config: DiTConfig, shapes: dict, found: dict, backend: str) -> dict[str, Recipe]:
     """The rows of a backend by their titles."""
     make = partial(design, config, shapes, found)
-    sensitive = uniform(config, shapes, 4)
-    sensitive.layers |= {layer: 8 for layer in shapes if is_protected(layer)}
-    same = average_bits(sensitive.layers, shapes)
-    free = {"protected": lambda layer: False}
     rows = {
         "uniform 8": uniform(config, shapes, 8),
         "uniform 4": uniform(config, shapes, 4),
-        "mse, at the size of uniform 4": make(4, "mse"),
         "density, at the size of uniform 4": make(4),
-        "density unprotected, at the size of uniform 4": make(4, **free),
         f"mse {PAPER}": make(PAPER, "mse"),
         f"density {PAPER}": make(PAPER),
-        f"density unprotected {PAPER}": make(PAPER, **free),
-        "uniform 4, sensitive layers 8": sensitive,
-        "density, at the size of the row above": make(same),
     }
     if backend == "palette":  # a scale and a bias for 32 weights are a bit for each
-        rows["uniform 5, the size of affine's 4"] = uniform(config, shapes, 5)
-        rows[f"density, the size of affine's {PAPER}"] = make(PAPER + 1)
+        rows[f"density, at the size of affine's {PAPER}"] = make(PAPER + 1)
     return rows
 
 
@@ -136,8 +125,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("-m", "--model", type=Path, default=Path("runs/embedded/dit-core"))
+    parser.add_argument("-m", "--model", type=Path, default=Path("runs/embedded/model"))
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--tune", type=int, default=80, help="steps")
     parser.add_argument("--backends", nargs="+", default=["affine", "palette"])
     args = parser.parse_args()
 
@@ -164,9 +154,14 @@ def main():
         kept = args.out / f"{backend}.sensitivity.json"
         found = measure(args.model, form, Calibration.of(args.model), kept)
         for i, (title, recipe) in enumerate(recipes(config, shapes, found, backend).items()):
-            folder = args.out / f"{backend}-{i}"
-            make = partial(quantize, args.model, folder, backend=backend, recipe=recipe)
-            row(f"{backend}: {title}", make, folder)
+            for steps in (0,) if title == "uniform 8" else (0, args.tune):
+                folder = args.out / (f"{backend}-{i}" + "-tuned" * bool(steps))
+                make = partial(quantize, args.model, folder, backend=backend, recipe=recipe)
+                row(
+                    f"{backend}: {title}" + ", tuned" * bool(steps),
+                    partial(make, tuning=steps),
+                    folder,
+                )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``snapgen-mlx quantize``: a model in few bits, more of them where they matter."""
 
+import math
 import re
 
 import click
@@ -113,7 +114,9 @@ def quantize(
             f"{variant}: latents {p['first step']:.1f} dB from the float model's after the first "
             f"step, {p['last step']:.1f} dB after the last"
         )
-    click.echo(f"pictures of the same latents: {report['pictures']:.1f} dB")
+    pictures = report["pictures"]
+    same = "unchanged" if math.isinf(pictures) else f"{pictures:.1f} dB"
+    click.echo(f"pictures of the same latents: {same}")
     for name, value in report["text"].items():
         click.echo(f"text states of {name}: {value:.1f} dB")
     click.echo(f"wrote {dest}, {format_bytes(report['bytes'])}")
