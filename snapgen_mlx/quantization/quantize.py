@@ -16,10 +16,11 @@ from ..convert.plan import TOKENIZERS, Component, Row
 from ..convert.steps import COPY
 from ..convert.write import check_disk, copy_few_steps, verify, write_components
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder
+from ..files import atomic_folder, atomic_write
+from ..lora import FEW_STEP
 from ..memory import format_bytes
 from ..pipeline import Pipeline
-from ..safetensors_io import DTYPES
+from ..safetensors_io import DTYPES, write_tensors
 from ..weights import load_config, load_infos, load_tensors, write_json
 from .backends import Affine, Backend, Palette, backend_of, half
 from .calibration import PROMPTS, Calibration, load_widths, psnr
@@ -71,9 +72,10 @@ def quantize(
         of it, and plot, a PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose
         state is kept in DEST.tuning and whose records ``follow`` is given.
     The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
-    of 64; with palettes convolutions, autoencoder and CLIP get 8 bits. What is left becomes 16
-    bits. Returns a report (JSON-ready) of what was read back. Raises UsageError for a request that
-    cannot be met, SnapGenError for damaged files and for a recipe of another architecture.
+    of 64; with palettes convolutions, autoencoder and CLIP get 8 bits. What is left, few-step
+    LoRAs too, becomes 16 bits. Returns a report (JSON-ready) of what was read back. Raises
+    UsageError for a request that cannot be met, SnapGenError for damaged files and for a recipe of
+    another architecture.
     """
     model, dest = Path(model), Path(dest).expanduser().absolute()
     if plot:
@@ -281,6 +283,11 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
     copy_few_steps(model, tmp)
+    for lora in (tmp / FEW_STEP).glob("*.safetensors"):
+        tensors = {k: a.astype(half(a.dtype)) for k, a in mx.load(str(lora)).items()}
+        infos = {k: (a.dtype, a.shape) for k, a in tensors.items()}
+        with atomic_write(lora) as short:
+            write_tensors(short, infos, tensors.items())
     write_components(tmp, parts, "mlx")
     for name, part in parts.items():
         write_json(tmp / name / "config.json", part.config)

@@ -106,7 +106,9 @@ def tune(
     )
     # What guidance is against needs no text.
     dropout = 0.0 if settings.guidance == 1 else 0.1
-    o = RunOptions(batch, text_dropout=dropout, save_minutes=SAVE_MINUTES, log_every=10, sample_every=0)
+    o = RunOptions(
+        batch, text_dropout=dropout, save_minutes=SAVE_MINUTES, log_every=10, sample_every=0
+    )
     yield from train(trainer, data, run, o)
     replace_tensors(folder / "transformer", trainer.weights.mean)
 
