@@ -75,9 +75,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--variants", nargs="+", default=["tiny", "small", "full"])
     parser.add_argument("--steps", type=int, default=300, help="of the critic")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--critic-steps", type=int, default=2, help="to one of the student")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--count", type=int, default=200, help="pictures to measure")
     args = parser.parse_args()
 
@@ -88,12 +89,11 @@ def main():
     results = {}
     for variant in args.variants:
         for loss in LOSSES:
-            kdmd = KDMDOptions(args.learning_rate, loss=loss, lora=args.rank, steps=args.steps)
+            kdmd = KDMDOptions(args.learning_rate, steps=args.steps, loss=loss, lora=args.rank)
+            kdmd.critic_steps = args.critic_steps
             if loss == "kd":  # which updates the student at every step
-                kdmd.steps, kdmd.warmup = (
-                    n // kdmd.critic_steps for n in (args.steps, kdmd.warmup)
-                )
-                kdmd.average_from //= kdmd.critic_steps
+                for name in ("steps", "warmup", "average_from"):
+                    setattr(kdmd, name, getattr(kdmd, name) // kdmd.critic_steps)
             for seed in range(args.seeds):
                 name = f"{loss}-{variant}-{seed}"
                 done = args.out / name / "result.json"

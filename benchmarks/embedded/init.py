@@ -25,7 +25,8 @@ def main():
     mx.random.seed(0)
     config = DiTConfig.preset("embedded")
     with atomic_folder(args.out) as out:
-        write_json(out / "config.json", {**FORMAT, "sampling": SAMPLING})
+        head = {**FORMAT, "sampling": SAMPLING, "source": {"name": "embedded"}}
+        write_json(out / "config.json", head)
         shutil.copytree(args.vae, out / "vae")
         shutil.copytree(args.text_encoder, out / "text_encoder")
         write_json(out / "transformer" / "config.json", config.to_dict())
