@@ -63,7 +63,7 @@ $(BIN)/pip:
 E := runs/embedded
 PYTHON_M = $(RUN) $(BIN)/python -m
 FINETUNE = $(RUN) $(BIN)/snapgen-mlx finetune --batch 32
-DISTILL = $(RUN) $(BIN)/snapgen-mlx distill --method kdmd --batch 16 --lora 16 --loss kd
+DISTILL = $(RUN) $(BIN)/snapgen-mlx distill --method kdmd --loss kd --batch 16
 
 embedded: $(E)/model/few_step/tiny.safetensors $(E)/model/few_step/small.safetensors \
     $(E)/model/few_step/full.safetensors
@@ -72,13 +72,15 @@ embedded: $(E)/model/few_step/tiny.safetensors $(E)/model/few_step/small.safeten
 	mkdir -p snapgen_mlx/assets/embedded
 	cp -R $(E)/packed/. snapgen_mlx/assets/embedded
 
-# Four steps: every width takes on its own guidance. The narrow ones learn faster, and need it.
-RATE = $(if $(filter full,$*),5e-4 --steps 900,1e-3 --steps 1200)
+# Four steps: every width takes on its own guidance. The narrow ones need larger changes.
+FEW_full = --lora 16 --learning-rate 5e-4 --steps 700
+FEW_small = --lora 24 --learning-rate 1e-3 --steps 1200
+FEW_tiny = $(FEW_small)
 $(E)/few/%/lora.safetensors: $(E)/dit-further/config.json
 	rm -rf $(E)/few/$*-alone
 	$(BIN)/snapgen-mlx slice $(E)/dit-further $(E)/few/$*-alone --variant $*
 	$(DISTILL) $(E)/dit-further $(E)/core/train -o $(E)/few/$* --variant $* \
-	  --teacher $(E)/few/$*-alone --learning-rate $(RATE)
+	  --teacher $(E)/few/$*-alone $(FEW_$*)
 
 $(E)/model/few_step/%.safetensors: $(E)/few/%/lora.safetensors
 	mkdir -p $(@D)

@@ -80,7 +80,8 @@ def generate(
     from tqdm import tqdm
 
     from snapgen_mlx.errors import UsageError
-    from snapgen_mlx.pipeline import Pipeline, read_metadata, save_png
+    from snapgen_mlx.pipeline import Pipeline
+    from snapgen_mlx.png import read_metadata, save_png
 
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}

@@ -1,6 +1,5 @@
 """Words to picture: load, encode the text, denoise, decode."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,12 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from . import __version__
 from .config import DiTConfig
 from .errors import SnapGenError, UsageError
-from .files import atomic_write
 from .lora import few_step_lora
 from .memory import LOW_RAM_TILE, TILE, ModelMemory, Request
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
@@ -25,7 +23,6 @@ from .weights import FORMAT, assign, compute_dtype, load_config, load_dit, load_
 PIXEL_MULTIPLE = 64
 MAX_PIXELS = 2048  # a side
 MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
-METADATA_KEY = "snapgen-mlx"
 
 
 def embedded_model() -> Path:
@@ -349,34 +346,3 @@ class Pipeline:
 
 def _named(loras) -> list[str]:
     return [f"{Path(path).name}:{scale:g}" for path, scale in loras]
-
-
-def save_png(image: Image.Image, path, metadata: dict) -> Path:
-    """Write a PNG with its settings inside, whole or not at all; never over another file.
-
-    Returns the path used: ``path``, or the first free ``path-2``, ``path-3``, ... beside it.
-    """
-    path = Path(path)
-    free, n = path, 1
-    while free.exists():
-        n += 1
-        free = path.with_stem(f"{path.stem}-{n}")
-    info = PngImagePlugin.PngInfo()
-    info.add_text(METADATA_KEY, json.dumps(metadata))
-    with atomic_write(free) as tmp:
-        image.save(tmp, format="PNG", pnginfo=info)
-    return free
-
-
-def read_metadata(path) -> dict:
-    """Settings inside a PNG that ``save_png`` wrote. Raises SnapGenError when there are none."""
-    try:
-        with Image.open(path) as image:
-            found = json.loads(image.text[METADATA_KEY])
-        settings = {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
-        others = ("few_step", "text_encoder", "loras")
-        return settings | {k: found[k] for k in others if k in found}
-    except OSError as e:
-        raise SnapGenError(f"cannot read the picture {path}: {e}") from e
-    except (AttributeError, KeyError, ValueError, TypeError) as e:
-        raise SnapGenError(f"{path} holds no settings of snapgen-mlx") from e

@@ -11,7 +11,8 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.convert.convert import convert
 from snapgen_mlx.convert.export import export
 from snapgen_mlx.convert.slice import slice_model
-from snapgen_mlx.pipeline import Pipeline, Settings, read_metadata
+from snapgen_mlx.pipeline import Pipeline, Settings
+from snapgen_mlx.png import read_metadata
 from snapgen_mlx.training.lora import lora_params, save_lora
 from snapgen_mlx.weights import load_config, load_dit
 
