@@ -25,6 +25,13 @@ def test_assets_are_complete_and_below_16_mb():
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 16e6
 
 
+def test_every_width_draws_in_four_unguided_steps_and_the_base_in_more(pipes):
+    for variant, pipe in pipes.items():
+        s, base = (p.settings("a cat") for p in (pipe, Pipeline.load(variant=variant, base=True)))
+        assert (s.steps, s.guidance) == (4, 1.0)
+        assert base.steps > 4 and base.guidance > 1
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_without_any_option_but_the_width(tmp_path, monkeypatch, variant):
     monkeypatch.chdir(tmp_path)
@@ -58,7 +65,7 @@ def test_text_matters_more_than_noise(pipes):
     pipe = pipes["full"]
     text, masks = pipe.encode([p for p in prompts for _ in range(4)])
     noise = mx.random.normal((16, 16, 16, 16), key=mx.random.key(1))
-    for step in denoise(pipe.dit, noise, text, masks, schedule(8), 4.0):
+    for step in denoise(pipe.dit, noise, text, masks, schedule(4), 1.0):
         mx.eval(step.x)
     z = np.array(step.x).reshape(4, 4, -1)
     distance = np.linalg.norm(z[:, :, None, None] - z, axis=-1)  # prompt, seed, prompt, seed

@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 def drawn():
     """Pictures by the shipped model; ``eval`` draws from other seeds."""
     pipe = Pipeline.load(variant="full")
-    return [pipe.generate(prompt, seed=7, steps=4) for prompt in PROMPTS]
+    return [pipe.generate(prompt, seed=7) for prompt in PROMPTS]
 
 
 # Ranks
@@ -144,19 +144,18 @@ def test_alignment_of_the_shipped_model(drawn, tmp_path):
         write_data(tmp_path / name, drawn, [{"text": PROMPTS[(i + shift) % 4]} for i in range(4)])
         for shift, name in enumerate(("right", "wrong"))
     )
-    result = invoke("eval", right, "--variants=full", "--steps=4")
+    result = invoke("eval", right, "--variants=full")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:2] == [
         "pictures 4, concepts 4",
-        "at each width 4 drawn with 4 steps, guidance 4",
+        "at each width 4 drawn with 4 steps, guidance 1",
     ]
     assert lines[2].split() == ["loss", "nearest", "in", "5"]
     assert lines[3].split() == ["chance", "25.0", "%", "100.0", "%"]
     name, loss, *rest = lines[4].split()
     assert (name, rest) == ("full", ["100.0", "%", "100.0", "%"])
-    records = evaluate(embedded_model(), read_folder(wrong), ["full"], steps=4)
-    *_, head, record = records
+    *_, head, record = evaluate(embedded_model(), read_folder(wrong), ["full"])
     assert head["chance"] == chance(4)
     assert record["top1"] == 0 and record["loss"] > float(loss)
 
