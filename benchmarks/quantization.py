@@ -1,6 +1,6 @@
 """Mixed bits beside uniform ones, before and after tuning, as a Markdown table.
 
-    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 80]
+    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 60]
 
 MODEL is a float model (runs/embedded/model by default), DATA the folder that
 ``benchmarks.embedded.data`` writes. Every row is a model that ``quantize`` wrote to OUT, or MODEL
@@ -33,7 +33,10 @@ from snapgen_mlx.quantization.calibration import Calibration, load_widths
 from snapgen_mlx.quantization.quantize import folder_bytes, quantize
 from snapgen_mlx.quantization.recipe import (
     Recipe,
+    architecture,
+    average_bits,
     design,
+    is_protected,
     quantizable,
     uniform,
 )
@@ -81,6 +84,10 @@ def recipes(config: DiTConfig, shapes: dict, found: dict, backend: str) -> dict[
     }
     if backend == "palette":  # a scale and a bias for 32 weights are a bit for each
         rows[f"density, at the size of affine's {PAPER}"] = make(PAPER + 1)
+    # What ``convert --quantize 4`` makes.
+    layers = {layer: 8 if is_protected(layer) else 4 for layer in shapes}
+    rows["uniform 4, protected layers 8"] = Recipe(architecture(config), layers, "uniform")
+    rows["density, at the size of that"] = make(average_bits(layers, shapes))
     return rows
 
 
@@ -127,7 +134,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("-m", "--model", type=Path, default=Path("runs/embedded/model"))
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--tune", type=int, default=80, help="steps")
+    parser.add_argument("--tune", type=int, default=60, help="steps")
     parser.add_argument("--backends", nargs="+", default=["affine", "palette"])
     args = parser.parse_args()
 
@@ -154,7 +161,7 @@ def main():
         kept = args.out / f"{backend}.sensitivity.json"
         found = measure(args.model, form, Calibration.of(args.model), kept)
         for i, (title, recipe) in enumerate(recipes(config, shapes, found, backend).items()):
-            for steps in (0,) if title == "uniform 8" else (0, args.tune):
+            for steps in (0, args.tune):
                 folder = args.out / (f"{backend}-{i}" + "-tuned" * bool(steps))
                 make = partial(quantize, args.model, folder, backend=backend, recipe=recipe)
                 row(

@@ -68,10 +68,11 @@ def test_every_row_is_measured_once(model, data, tmp_path, monkeypatch, capsys):
     assert [row[0].strip() for row in table[2:]] == [
         "float",
         "affine: uniform 8",
+        "affine: uniform 8, tuned",
         "affine: uniform 3",
         "affine: uniform 3, tuned",
     ]
-    whole, eight, three, tuned = ([cell.strip() for cell in row] for row in table[2:])
+    whole, eight, _, three, tuned = ([cell.strip() for cell in row] for row in table[2:])
     assert (whole[1], eight[1], three[1]) == ("32.00", "8.00", "3.00")
     sizes = [float(row[3]) for row in (whole, eight, three)]
     assert sizes == sorted(sizes, reverse=True)
@@ -81,7 +82,7 @@ def test_every_row_is_measured_once(model, data, tmp_path, monkeypatch, capsys):
     for row in (whole, eight, three, tuned):
         assert all(0 <= float(n) <= 100 for n in re.findall(r"[\d.]+", row[7]))
     quantization.main()
-    assert capsys.readouterr().out == first and len(made) == 3
+    assert capsys.readouterr().out == first and len(made) == 4
 
 
 @pytest.mark.parametrize("backend", ["affine", "palette"])
@@ -95,6 +96,8 @@ def test_the_table_has_equal_sizes_side_by_side(backend):
             assert 3.5 < value <= 4
         elif re.fullmatch(r"(mse|density) 4\.3", title):
             assert 4 < value <= 4.3
+        elif title == "density, at the size of that":
+            assert 0 <= bits["uniform 4, protected layers 8"] - value < 0.5
 
 
 @pytest.mark.parametrize("backend", ["affine", "palette"])
