@@ -61,7 +61,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
     type=click.Choice(["kdmd", "dmd", "kd"]),
     default="kdmd",
     show_default=True,
-    help="kdmd: dmd alone, or kd alone: following the few-step teacher or, without one, the guided.",
+    help="kdmd: dmd alone, or kd alone, which follows the few-step teacher, else the guided one.",
 )
 @click.option(
     "--critic-steps",
