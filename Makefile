@@ -83,6 +83,7 @@ $(E)/few/%/lora.safetensors: $(E)/dit-further/config.json
 	  --teacher $(E)/few/$*-alone $(FEW_$*)
 
 $(E)/model/few_step/%.safetensors: $(E)/few/%/lora.safetensors
+	rm -rf $(E)/packed.* # measurements and tuning of another model
 	mkdir -p $(@D)
 	cd $(E)/dit-further && cp -R config.json text_encoder transformer vae ../model
 	cp $< $@
