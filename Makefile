@@ -76,6 +76,7 @@ embedded: $(E)/model/few_step/tiny.safetensors $(E)/model/few_step/small.safeten
 FEW_full = --lora 16 --learning-rate 5e-4 --steps 700
 FEW_small = --lora 24 --learning-rate 1e-3 --steps 1200
 FEW_tiny = $(FEW_small)
+.PRECIOUS: $(E)/few/%/lora.safetensors
 $(E)/few/%/lora.safetensors: $(E)/dit-further/config.json
 	rm -rf $(E)/few/$*-alone
 	$(BIN)/snapgen-mlx slice $(E)/dit-further $(E)/few/$*-alone --variant $*
