@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError
 from ..files import atomic_write
-from ..lora import FEW_STEP
+from ..lora import FEW_STEP, read_lora
 from ..safetensors_io import NAMES, read_header, write_tensors
 from ..weights import write_json
 from .formats import name_some
@@ -18,10 +18,18 @@ SHARD_BYTES = 512 << 20  # an interrupted run loses at most one
 MARGIN = 64 << 20  # disk left free beside the weights
 
 
-def copy_few_steps(source: Path, target: Path) -> None:
-    """The LoRAs with which a model needs few steps, where it has them."""
-    if (source / FEW_STEP).is_dir():
-        shutil.copytree(source / FEW_STEP, target / FEW_STEP, dirs_exist_ok=True)
+def copy_few_steps(
+    source: Path, target: Path, change: Callable[[dict], dict] = lambda tensors: tensors
+) -> None:
+    """The LoRAs with which a model needs few steps, where it has them; palettes become floats.
+
+    change: what becomes of a LoRA's tensors.
+    """
+    for file in sorted((source / FEW_STEP).glob("*.safetensors")):
+        tensors = change(read_lora(file))
+        infos = {key: (a.dtype, tuple(a.shape)) for key, a in tensors.items()}
+        with atomic_write(target / FEW_STEP / file.name) as tmp:
+            write_tensors(tmp, infos, tensors.items())
 
 
 def check_disk(folder: Path, components: dict[str, Component]) -> None:

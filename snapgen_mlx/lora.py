@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from .config import DiTConfig
 from .errors import SnapGenError
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
+from .quantization.palette import expand
 from .safetensors_io import read_header
 
 PARTS = {
@@ -68,19 +69,28 @@ def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) ->
     return {name: Update(u.a, scale * u.b) for name, u in updates.items()}
 
 
-def _read(path) -> tuple[dict[str, dict[str, str]], dict[str, mx.array], list[str]]:
-    """({layer: {part: key}}, {key: tensor}, keys that are no part of a LoRA)."""
+def read_lora(path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file; palettes come as the floats they stand for.
+
+    Raises SnapGenError for a damaged file and for one of another kind.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise SnapGenError(f"{path} is not a safetensors file, which a LoRA must be")
-    layers, other = {}, []
-    for key in read_header(path):
+    read_header(path)
+    return expand(mx.load(str(path)), path)
+
+
+def _read(path) -> tuple[dict[str, dict[str, str]], dict[str, mx.array], list[str]]:
+    """({layer: {part: key}}, {key: tensor}, keys that are no part of a LoRA)."""
+    layers, other, tensors = {}, [], read_lora(path)
+    for key in tensors:
         suffix = next((s for s in PARTS if key.endswith(s)), None)
         if suffix:
             layers.setdefault(key.removesuffix(suffix), {})[PARTS[suffix]] = key
         else:
             other.append(key)
-    return layers, mx.load(str(path)), other
+    return layers, tensors, other
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:

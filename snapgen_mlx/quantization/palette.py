@@ -1,7 +1,7 @@
 """Palettes: a weight as 2^bits values and an index into them for each of its entries.
 
 On disk ``X.weight`` holds the indices, packed as MLX packs affine weights (little-endian along the
-last axis, which must be a multiple of 32), and ``X.weight.palette`` the values. ``load_tensors``
+last axis, where they must fill whole words), and ``X.weight.palette`` the values. ``load_tensors``
 expands them: a palette saves disk and download, but no memory at run time, as MLX has no kernel
 that multiplies by one.
 """
@@ -102,7 +102,8 @@ def _float64(a: mx.array) -> np.ndarray:
 
 
 def pack(indices: np.ndarray, bits: int) -> np.ndarray:
-    """(..., n) uint8 below 2^bits -> (..., n·bits/32) uint32, the first index lowest."""
+    """(..., n) uint8 below 2^bits -> (..., n·bits/32) uint32, the first index lowest; n·bits is a
+    multiple of 32."""
     stream = (indices[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     stream = np.packbits(stream.reshape(*indices.shape[:-1], -1), axis=-1, bitorder="little")
     return stream.view("<u4")
@@ -111,9 +112,9 @@ def pack(indices: np.ndarray, bits: int) -> np.ndarray:
 def float_shape(packed: tuple[int, ...], palette: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (..., n) of a weight by those of its indices and palette; ValueError if none fits."""
     bits = palette[0].bit_length() - 1
-    if palette != (1 << bits,) or bits not in BITS or packed[-1] % bits:
+    if palette != (1 << bits,) or bits not in BITS or packed[-1] * 32 % bits:
         raise ValueError(f"{packed} indices into {palette} values")
-    return (*packed[:-1], packed[-1] // bits * 32)
+    return (*packed[:-1], packed[-1] * 32 // bits)
 
 
 def unpack(packed: mx.array, palette: mx.array) -> mx.array:

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,11 +17,10 @@ from ..convert.plan import TOKENIZERS, Component, Row
 from ..convert.steps import COPY
 from ..convert.write import check_disk, copy_few_steps, verify, write_components
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder, atomic_write
-from ..lora import FEW_STEP
+from ..files import atomic_folder
 from ..memory import format_bytes
 from ..pipeline import Pipeline
-from ..safetensors_io import DTYPES, write_tensors
+from ..safetensors_io import DTYPES
 from ..weights import load_config, load_infos, load_tensors, write_json
 from .backends import Affine, Backend, Palette, backend_of, half
 from .calibration import PROMPTS, Calibration, load_widths, psnr
@@ -39,7 +39,7 @@ from .tuning import TuningOptions, tune
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
-OTHER_BITS = 8  # of palettes outside the recipe: convolutions, the autoencoder, CLIP
+OTHER_BITS = 8  # of palettes outside the recipe: convolutions, LoRAs, the autoencoder, CLIP
 ENTRY, LAYER = 120, 200  # bytes at most: of a tensor in a file's header, of a layer in JSON files
 SEARCH = 7  # halvings of the range of bits for a given PSNR
 PICTURES = 4  # that both autoencoders decode
@@ -72,8 +72,8 @@ def quantize(
         of it, and plot, a PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose
         state is kept in DEST.tuning and whose records ``follow`` is given.
     The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
-    of 64; with palettes convolutions, autoencoder and CLIP get 8 bits. What is left, few-step
-    LoRAs too, becomes 16 bits. Returns a report (JSON-ready) of what was read back. Raises
+    of 64; with palettes convolutions, autoencoder, CLIP and few-step LoRAs get 8 bits. What is left
+    becomes 16 bits. Returns a report (JSON-ready) of what was read back. Raises
     UsageError for a request that cannot be met, SnapGenError for damaged files and for a recipe of
     another architecture.
     """
@@ -282,16 +282,24 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]
     for file in model.iterdir():
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
-    copy_few_steps(model, tmp)
-    for lora in (tmp / FEW_STEP).glob("*.safetensors"):
-        tensors = {k: a.astype(half(a.dtype)) for k, a in mx.load(str(lora)).items()}
-        infos = {k: (a.dtype, a.shape) for k, a in tensors.items()}
-        with atomic_write(lora) as short:
-            write_tensors(short, infos, tensors.items())
+    copy_few_steps(model, tmp, partial(_short_lora, form=form))
     write_components(tmp, parts, "mlx")
     for name, part in parts.items():
         write_json(tmp / name / "config.json", part.config)
     return parts
+
+
+def _short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.array]:
+    """A LoRA's tensors in 16 bits, or with palettes its matrices in 8."""
+    out = {}
+    for key, a in tensors.items():
+        # Indices of 8 bits fill whole words, whatever multiple of 4 the rank is.
+        if isinstance(form, Palette) and a.ndim == 2 and a.shape[-1] % 4 == 0:
+            rows = form.rows(key, a.shape, a.dtype, OTHER_BITS)
+            out |= {row.target: row.step.apply(a) for row in rows}
+        else:
+            out[key] = a.astype(half(a.dtype))
+    return out
 
 
 # --- afterwards

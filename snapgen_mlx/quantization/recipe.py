@@ -6,7 +6,6 @@ from math import prod
 from pathlib import Path
 
 from ..config import DiTConfig
-from ..convert import transformer
 from ..errors import SnapGenError, UsageError
 from ..models.elastic import axis_groups, bank_index, random_supernet
 from ..weights import read_json, write_json
@@ -30,8 +29,8 @@ def quantizable(config: DiTConfig, group: int) -> dict[str, tuple[int, int]]:
 
 
 def is_protected(layer: str) -> bool:
-    """Modulation, text input, head gates and the final layer never have less than 8 bits."""
-    return transformer.bits(layer, 2) > 2
+    """Modulation and the final layer never have less than 8 bits [training section 5]."""
+    return layer.startswith("final.") or layer.endswith(".modulation")
 
 
 @dataclass
@@ -101,7 +100,7 @@ def check_budget(
     if not least <= budget <= BITS[-1]:
         raise UsageError(
             f"an average of {budget:g} bits is out of range: it must be {least:.2f} (2 bits, and 8 "
-            "in time, text and final layers) to 8"
+            "in modulation and the final layer) to 8"
         )
 
 
