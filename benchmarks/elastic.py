@@ -1,6 +1,6 @@
 """Elastic against standalone training, in small (the paper's Table 1).
 
-    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400]
+    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400] [--arms elastic]
 
 DATA is the folder that ``benchmarks.embedded.data`` writes; the embedded model's autoencoder and
 text encoder read it. Each arm trains a small transformer once per seed: all from the same
@@ -13,7 +13,7 @@ weights, on the same batches, noise and timesteps, for the same number of steps.
 Printed, and written to OUT/results.json with every figure behind it: each width's validation loss
 (averaged weights, fixed noise) and its difference from standalone training, and the bytes of
 weights and optimizer and the seconds of one elastic run against the three standalone ones. The
-runs lie in OUT/ARM-SEED; what is done is not done again.
+runs lie in OUT/ARM-SEED; what is done is not done again. --arms names the elastic ones to train.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def table(losses: dict[str, list[dict]]) -> list[str]:
     alone = {name: np.array([r[name] for r in losses[f"standalone-{name}"]]) for name in WIDTHS}
     rows = [["", *WIDTHS]]
     rows.append(["standalone", *(f"{a.mean():.4f} ± {a.std():.4f}" for a in alone.values())])
-    for arm in ELASTIC:
+    for arm in [arm for arm in ELASTIC if arm in losses]:
         row = [arm]
         for name, a in alone.items():
             own = np.array([r[name] for r in losses[arm]])
@@ -158,13 +158,14 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=96, help="channels, a multiple of 32")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--arms", nargs="+", choices=ELASTIC, default=list(ELASTIC))
     args = parser.parse_args()
 
     config = geometry(args.hidden)
     options = {"learning_rate": args.learning_rate, "steps": args.steps}
     options["warmup"] = min(100, args.steps // 10)
     data, held_out = read_data(args.data, args.out / "cache")
-    losses = {arm: [] for arm in [*STANDALONE, *ELASTIC]}
+    losses = {arm: [] for arm in [*STANDALONE, *args.arms]}
     for seed in range(args.seeds):
         for arm in losses:
             run = args.out / f"{arm}-{seed}"

@@ -3,13 +3,15 @@
     python -m benchmarks.few_steps DATA -m MODEL [--count 300] [--grid FILE.png] [--json FILE]
 
 DATA is the folder that ``benchmarks.embedded.data`` writes; MODEL holds a LoRA for few steps of
-each width (docs/distillation.md). Every width draws the same held-out phrasings from the same
-noise in four ways: 28 guided steps of the base, 4 steps of the distilled model, and 4 steps of the
-base, guided and not. Printed for each:
+each width (docs/distillation.md). Every width draws the same held-out phrasings, and all held-out
+(concept, style) pairs thrice, from the same noise in four ways: 28 guided steps of the base, 4
+steps of the distilled model, and 4 steps of the base, guided and not. Printed for each:
 
 - the share of pictures whose nearest real picture is of the prompted concept, and whose nearest
-  five concepts hold it (``snapgen_mlx.evaluation``), as a share of the 28 steps' in brackets;
-- the Fréchet distance of latents to all real pictures' on their 64 leading principal components;
+  five concepts hold it (``snapgen_mlx.evaluation``), as a share of the 28 steps' in brackets; of
+  phrasings and of pairs;
+- the Fréchet distance of latents of the phrasings to all real pictures', on their 64 leading
+  principal components;
 - seconds per picture, without encoding the text and decoding.
 """
 
@@ -34,6 +36,7 @@ from snapgen_mlx.weights import write_json
 from .alignment import read_rows
 
 COMPONENTS = 64
+PAIR_SEEDS = 3
 STEPS = 28
 WAYS = {
     "base, 28 steps, guided": {"base": True, "steps": STEPS},
@@ -65,9 +68,10 @@ class Frechet:
 
 
 class Evaluation:
-    """Measures pictures of held-out phrasings against all real pictures of a data folder."""
+    """Measures pictures of ``count`` held-out phrasings, and of each held-out pair ``pair_seeds``
+    times, against all real pictures of a data folder."""
 
-    def __init__(self, data: Path, model, count: int):
+    def __init__(self, data: Path, model, count: int, pair_seeds: int = 0):
         pipe = Pipeline.load(model)
         s = pipe.settings("any")
         examples = [e for part in ("train", "heldout") for e in read_folder(data / part)]
@@ -77,27 +81,34 @@ class Evaluation:
         self.frechet = Frechet(self.real)
         rows = read_rows(data / "phrasings.jsonl")
         self.rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
+        self.pairs = read_rows(data / "heldout" / "metadata.jsonl") * pair_seeds
 
     def __call__(self, pipe: Pipeline, **given) -> tuple[dict, np.ndarray]:
         """Figures of what ``pipe`` draws with the settings ``given``, and the latents (N, D)."""
-        jobs = [pipe.settings(row["text"], seed=i, **given) for i, row in enumerate(self.rows)]
+        rows, n = self.rows + self.pairs, len(self.rows)
+        jobs = [pipe.settings(row["text"], seed=i, **given) for i, row in enumerate(rows)]
         pipe.prepare(jobs)
         draw_latents(pipe, jobs[:1])  # loads the weights
         started = time.perf_counter()
         latents = draw_latents(pipe, jobs)
         seconds = (time.perf_counter() - started) / len(jobs)
-        wanted = [row["concept"] for row in self.rows]
-        found = shares(ranks(latents, wanted, self.real, self.concepts))
-        return found | {"frechet": self.frechet(latents), "seconds": seconds}, latents
+        found = ranks(latents, [row["concept"] for row in rows], self.real, self.concepts)
+        figures = shares(found[:n]) | {"frechet": self.frechet(latents[:n]), "seconds": seconds}
+        if self.pairs:
+            figures["pairs"] = shares(found[n:])
+        return figures, latents
 
 
 def table(results: dict) -> list[str]:
-    lines = ["| | nearest | in five | Fréchet | s |", "|---|---|---|---|---|"]
+    lines = ["| | nearest | in five | pairs, nearest | in five | Fréchet | s |"]
+    lines.append("|---" * 7 + "|")
     for width, ways in results.items():
         first = next(iter(ways.values()))
         for way, r in ways.items():
             cells = [
-                f"{100 * r[k]:.1f} % ({r[k] / max(first[k], 1e-9):.3f})" for k in ("top1", "top5")
+                f"{100 * a[k]:.1f} % ({a[k] / max(b[k], 1e-9):.3f})"
+                for a, b in ((r, first), (r["pairs"], first["pairs"]))
+                for k in ("top1", "top5")
             ]
             cells += [f"{r['frechet']:.1f}", f"{r['seconds']:.3f}"]
             lines.append(f"| {width}: {way} | {' | '.join(cells)} |")
@@ -114,7 +125,7 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    evaluation = Evaluation(args.data, args.model, args.count)
+    evaluation = Evaluation(args.data, args.model, args.count, PAIR_SEEDS)
     results, pictures = {}, {}
     for variant in args.variants:
         results[variant] = {}
@@ -136,7 +147,8 @@ def main():
     if args.json:
         concepts = len(set(evaluation.concepts))
         head = {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
-        head |= {"pictures": len(evaluation.rows), "real pictures": len(evaluation.real)}
+        head |= {"pictures": len(evaluation.rows), "of pairs": len(evaluation.pairs)}
+        head |= {"real pictures": len(evaluation.real)}
         head |= {"concepts": concepts, "chance": chance(concepts)}
         write_json(args.json, head | {"results": results})
 

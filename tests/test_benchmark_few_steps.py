@@ -72,6 +72,7 @@ def test_four_steps_against_many(material, tmp_path, monkeypatch, capsys):
     main(monkeypatch, few_steps, *args, "--json", result, "--grid", grid)
     out = json.loads(result.read_text())
     assert out["concepts"] == 3 and out["pictures"] == 3 and out["real pictures"] == 6
+    assert out["of pairs"] == 9
     for ways in out["results"].values():
         assert list(ways) == list(few_steps.WAYS)
         assert len({r["frechet"] for r in ways.values()}) == 4  # all drew something else

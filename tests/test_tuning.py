@@ -66,6 +66,17 @@ def test_all_widths_come_nearer_to_the_float_model(model, recipe, prompts, tmp_p
     assert any(k.endswith((".scales", ".palette")) for k in packed)
 
 
+def test_tuning_does_no_harm_at_many_bits(model, prompts, tmp_path):
+    path = tmp_path / "recipe.json"
+    uniform(CONFIG, SHAPES, 8).save(path)
+    options = ["--recipe", path, "--prompts", prompts]
+    before = run("quantize", model, tmp_path / "before", *options)
+    after = run("quantize", model, tmp_path / "after", *options, "--tune", STEPS)
+    assert before.exit_code == after.exit_code == 0, after.output
+    gains = np.subtract(final_psnrs(after.output), final_psnrs(before.output))
+    assert (gains > -0.5).all(), gains
+
+
 def test_an_interrupted_tuning_goes_on(model, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "SAVE_MINUTES", 0)
     form = backend_of("affine", CONFIG)

@@ -116,7 +116,8 @@ def quantize(
         recipe.save(tmp / "recipe.json")
         if tuning:
             run = dest.with_name(f"{dest.name}.tuning")
-            for record in tune(model, tmp, prompts, run, TuningOptions(steps=tuning)):
+            options = TuningOptions.of(average_bits(recipe.layers, shapes), tuning)
+            for record in tune(model, tmp, prompts, run, options):
                 follow(record)
         written = verify(tmp, {**others, part.name: part})
         report = {

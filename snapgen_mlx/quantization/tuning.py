@@ -38,6 +38,12 @@ class TuningOptions(ElasticOptions):
     adaptive: bool = False
     subnets: str = "all"
 
+    @classmethod
+    def of(cls, bits: float, steps: int) -> "TuningOptions":
+        """For weights of so many bits on average. Rounding halves with every bit, and Adam's steps
+        would stay as long: at 8 bits they would do more harm than rounding did."""
+        return cls(steps=steps, learning_rate=cls.learning_rate * min(1, 2 ** (4 - bits)))
+
 
 def is_tuned(path: str) -> bool:
     """Is it a bias, a norm or a modulation table?"""
