@@ -1,6 +1,6 @@
 """Mixed bits beside uniform ones, before and after tuning, as a Markdown table.
 
-    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 60]
+    python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 100]
 
 MODEL is a float model (runs/embedded/model by default), DATA the folder that
 ``benchmarks.embedded.data`` writes. Every row is a model that ``quantize`` wrote to OUT, or MODEL
@@ -11,8 +11,8 @@ and of every width after the last. Alignment, as in ``benchmarks.alignment``: sh
 held-out phrasings whose picture is nearest to the right concept, and among the nearest five. All
 is of the models as ``generate`` uses them: in four steps where MODEL has few-step LoRAs.
 
-Recipes called "at the size of" another row have as many bytes; rows "tuned" are their row before
-after TUNE steps. What is in OUT already is not made again.
+Recipes called "at the size of" another row have as many bytes; rows "tuned" are the row before
+them after TUNE steps. What is in OUT already is not made again.
 """
 
 import argparse
@@ -33,10 +33,7 @@ from snapgen_mlx.quantization.calibration import Calibration, load_widths
 from snapgen_mlx.quantization.quantize import folder_bytes, quantize
 from snapgen_mlx.quantization.recipe import (
     Recipe,
-    architecture,
-    average_bits,
     design,
-    is_protected,
     quantizable,
     uniform,
 )
@@ -84,10 +81,6 @@ def recipes(config: DiTConfig, shapes: dict, found: dict, backend: str) -> dict[
     }
     if backend == "palette":  # a scale and a bias for 32 weights are a bit for each
         rows[f"density, at the size of affine's {PAPER}"] = make(PAPER + 1)
-    # What ``convert --quantize 4`` makes.
-    layers = {layer: 8 if is_protected(layer) else 4 for layer in shapes}
-    rows["uniform 4, protected layers 8"] = Recipe(architecture(config), layers, "uniform")
-    rows["density, at the size of that"] = make(average_bits(layers, shapes))
     return rows
 
 
@@ -108,8 +101,7 @@ def line(title: str, row: dict) -> str:
         f"{row['bytes'] / 1e6:.2f}",
         f"{psnr[widest]['first step']:.1f}" if psnr else "",
         last,
-        " / ".join(f"{100 * a['top1']:.1f}" for a in aligned.values()),
-        f"{100 * aligned[widest]['top5']:.1f}",
+        *(" / ".join(f"{100 * a[k]:.1f}" for a in aligned.values()) for k in ("top1", "top5")),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -134,7 +126,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("-m", "--model", type=Path, default=Path("runs/embedded/model"))
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--tune", type=int, default=60, help="steps")
+    parser.add_argument("--tune", type=int, default=100, help="steps")
     parser.add_argument("--backends", nargs="+", default=["affine", "palette"])
     args = parser.parse_args()
 
