@@ -18,6 +18,11 @@ def optional_model(ctx, param, values: tuple[str, ...]) -> str | None:
 model_argument = click.argument("model", nargs=-1, callback=optional_model, metavar="[MODEL]")
 
 
+explain_option = click.option(
+    "--explain", is_flag=True, help="Only print the memory that this would need."
+)
+
+
 def data_options(command):
     """--caption and --skip-bad, for ``read_pictures``."""
     command = click.option(

@@ -3,8 +3,15 @@
 import click
 from click.core import ParameterSource
 
-from .arguments import check_resume, data_options, model_argument, read_pictures, training_options
-from .finetune import follow
+from .arguments import (
+    check_resume,
+    data_options,
+    explain_option,
+    model_argument,
+    read_pictures,
+    training_options,
+)
+from .finetune import explanation, follow
 
 OF_KD = ("validation", "subnets")
 OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
@@ -79,6 +86,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 )
 @click.option("--noised-real", is_flag=True, help="kdmd: start from DATA's pictures with noise.")
 @click.option("--fuse", is_flag=True, help="kdmd: make OUTPUT a 4-step model of this width too.")
+@explain_option
 def distill(
     model,
     data,
@@ -96,6 +104,7 @@ def distill(
     variant,
     few_step_lora,
     fuse,
+    explain,
     **options,
 ):
     """Train MODEL to do what a teacher does, on the captions and pictures in DATA.
@@ -116,10 +125,11 @@ def distill(
 
     from snapgen_mlx.pipeline import resolve_model
     from snapgen_mlx.training.distill import KDOptions, load_teacher
-    from snapgen_mlx.training.few_steps import distill_few_steps
-    from snapgen_mlx.training.finetune import finetune
+    from snapgen_mlx.training.few_steps import distill_few_steps, few_steps_memory
+    from snapgen_mlx.training.finetune import finetune, training_memory
     from snapgen_mlx.training.kdmd import KDMDOptions
     from snapgen_mlx.training.loop import RunOptions
+    from snapgen_mlx.weights import load_dit
 
     def echo(line, **where):
         if mx.distributed.init().rank() == 0:
@@ -132,11 +142,24 @@ def distill(
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     run.sample_every = run.validate_every = sample_every
 
+    def source_and_teacher():
+        source = resolve_model(model)
+        folder = resolve_model(teacher) if teacher else source
+        return source, load_teacher(folder, source, few_step_lora)
+
+    if explain:
+        source, taught = source_and_teacher()
+        if method == "kd":
+            memory = training_memory(source, taught.nbytes)
+        else:
+            memory = few_steps_memory(source, load_dit(source, variant), taught, options.lora)
+        echo(explanation(memory, options, batch))
+        return
+
     def start(stop):
         examples = read_pictures(data, caption, skip_bad, echo)
         held_out = validation and read_pictures(validation, caption, skip_bad, echo)
-        source = resolve_model(model)
-        taught = load_teacher(resolve_model(teacher) if teacher else source, source, few_step_lora)
+        source, taught = source_and_teacher()
         if method == "kd":
             return finetune(
                 source, examples, output, run, options, held_out, stop=stop, teacher=taught

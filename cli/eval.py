@@ -56,8 +56,8 @@ def headline(record: dict, count: int) -> str:
     """What is measured, and the first rows of the table."""
     lines = ["pictures {pictures}, concepts {concepts}".format(**record)]
     if record["drawn"]:
-        drawn = "at each width {drawn} drawn with {steps} steps, guidance {guidance:g}"
-        titles = f"{'':<12}{'loss':>8}{'nearest':>12}{'in 5':>12}"
+        drawn = "at each width {drawn} drawn"
+        titles = f"{'':<12}{'loss':>8}{'nearest':>12}{'in 5':>12}{'steps':>8}{'guidance':>10}"
         lines += [drawn.format(**record), titles, row("chance", record["chance"])]
     elif count:
         lines.append("all pictures show one concept, so alignment is not measured")
@@ -67,4 +67,5 @@ def headline(record: dict, count: int) -> str:
 def row(name: str, record: dict) -> str:
     loss = f"{record['loss']:.4f}" if "loss" in record else ""
     shares = "".join(f"{100 * record[k]:>10.1f} %" for k in ("top1", "top5") if k in record)
-    return f"{name:<12}{loss:>8}{shares}"
+    drawn = f"{record['steps']:>8}{record['guidance']:>10g}" if "steps" in record else ""
+    return f"{name:<12}{loss:>8}{shares}{drawn}"

@@ -13,6 +13,7 @@ from .arguments import (
     check_resume,
     data_options,
     encoded,
+    explain_option,
     model_argument,
     read_pictures,
     training_options,
@@ -61,7 +62,7 @@ from .arguments import (
     show_default=True,
     help="Steps from one grid of sample pictures to the next; 0 for none.",
 )
-@click.option("--explain", is_flag=True, help="Only print the memory that this would need.")
+@explain_option
 def finetune(
     model,
     data,
@@ -99,6 +100,7 @@ def finetune(
     from snapgen_mlx.pipeline import resolve_model
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
+    from snapgen_mlx.training.finetune import training_memory
     from snapgen_mlx.training.loop import RunOptions
     from snapgen_mlx.training.report import can_plot
 
@@ -110,7 +112,7 @@ def finetune(
 
     elastic = ElasticOptions(**elastic)
     if explain:
-        echo(explanation(resolve_model(model), elastic, batch))
+        echo(explanation(training_memory(resolve_model(model)), elastic, batch))
         return
     options = RunOptions(
         batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
@@ -157,12 +159,11 @@ def follow(start, steps: int, options, echo) -> None:
         context.exit(128 + (stop.signal or signal.SIGINT))
 
 
-def explanation(model, options, batch: int) -> str:
-    """The predicted peak of this training, and of the same with less memory."""
+def explanation(memory, options, batch: int) -> str:
+    """The peak that ``memory`` predicts of this training, and of the same with less memory."""
     from snapgen_mlx.memory import format_bytes, usable_memory
-    from snapgen_mlx.training.finetune import training_memory
 
-    memory, usable = training_memory(model), usable_memory()
+    usable = usable_memory()
     lines = [("as asked", options), *memory.alternatives(options, batch)]
     width = max(len(flags) for flags, _ in lines)
     out = [f"training in batches of {batch}, {format_bytes(usable)} can be used here (predicted)"]

@@ -4,6 +4,9 @@ import math
 import re
 
 import click
+from click.core import ParameterSource
+
+from .finetune import Stop, awake
 
 
 def size_option(ctx, param, value: str | None) -> int | None:
@@ -21,7 +24,7 @@ def size_option(ctx, param, value: str | None) -> int | None:
 @click.argument("dest", type=click.Path())
 @click.option("--bits", type=float, help="Average of the transformer's weights [default: 4.3].")
 @click.option("--size", callback=size_option, metavar="900MB", help="Of the whole model at most.")
-@click.option("--psnr", type=float, metavar="DB", help="Of the final latents at least.")
+@click.option("--psnr", type=float, metavar="DB", help="Of the final latents, about.")
 @click.option("--recipe", type=click.Path(dir_okay=False), help="A recipe.json made before.")
 @click.option(
     "--method",
@@ -60,6 +63,10 @@ def quantize(
     --size or --psnr. DEST/recipe.json fits models fine-tuned from MODEL too. --tune then trains
     biases, norms and modulation, all widths together; a few hundred steps do.
     """
+    context = click.get_current_context()
+    for name in ("method", "plot", "sensitivity"):
+        if recipe and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"with --recipe nothing is measured: leave --{name} out")
     from tqdm import tqdm
 
     from snapgen_mlx.memory import format_bytes
@@ -76,34 +83,36 @@ def quantize(
                 tqdm(total=total, initial=done - 1, unit="layer", leave=False, disable=None)
             )
         bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
 
     def follow(record):
         if "step" in record:
             losses = [f"{k.split('/')[1]} {v:.2e}" for k, v in record.items() if k[:4] == "out/"]
             click.echo(f"tuning step {record['step']}/{tune}  {' '.join(losses)}")
 
-    try:
-        report = run(
-            folder,
-            dest,
-            backend=backend,
-            bits=bits,
-            size=size,
-            target=psnr,
-            recipe=recipe,
-            method=method,
-            prompts=read_prompts(prompts) if prompts else PROMPTS,
-            sensitivity=sensitivity,
-            plot=plot,
-            progress=progress,
-            tuning=tune or 0,
-            follow=follow,
-        )
-    except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on from what is done", err=True)
-        raise
+    with awake(), Stop() as stop:
+        try:
+            report = run(
+                folder,
+                dest,
+                backend=backend,
+                bits=bits,
+                size=size,
+                target=psnr,
+                recipe=recipe,
+                method=method,
+                prompts=read_prompts(prompts) if prompts else PROMPTS,
+                sensitivity=sensitivity,
+                plot=plot,
+                progress=progress,
+                tuning=tune or 0,
+                follow=follow,
+            )
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from what is done", err=True)
+            context.exit(128 + stop.signal)
+        finally:
+            for bar in bars:
+                bar.close()
     layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())
     click.echo(f"recipe: {report['bits']:.2f} bits of average ({layers} bits)")
     for name, part in report["parts"].items():

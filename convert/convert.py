@@ -1,6 +1,5 @@
 """Checkpoint in, MLX model folder out: streamed, whole or not at all, resumable."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import mlx.core as mx
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_write
+from ..files import atomic_write, file_sha256
 from ..lora import FEW_STEP, Update, fuse_lora, load_lora
 from ..weights import FORMAT, read_json, write_json
 from .hub import commit_of, resolve
@@ -107,9 +106,7 @@ def _fuse(components: dict[str, Component], loras) -> list[dict]:
             row = rows[f"{layer}.weight"]
             row.step = _with_update(row.step, update)
             row.action += ", LoRA"
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        added.append({"name": Path(path).name, "scale": scale, "sha256": digest})
+        added.append({"name": Path(path).name, "scale": scale, "sha256": file_sha256(path)})
     return added
 
 
@@ -161,8 +158,7 @@ def _hash(path: Path, components: dict[str, Component]) -> dict[str, str]:
         loras = (root / FEW_STEP).glob("*.safetensors") if name == "transformer" else ()
         for file in [component.config_file, *component.reader.files, *loras]:
             try:
-                with open(file, "rb") as f:
-                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+                digest = file_sha256(file)
             except OSError as e:
                 raise SnapGenError(f"cannot read {file}: {e.strerror}") from e
             # The Hub's cache names large files by their checksum.

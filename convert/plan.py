@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -56,14 +57,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        return sum(_size(shape) * dtype.size for dtype, shape in self.entries().values())
-
-
-def _size(shape) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+        return sum(prod(shape) * dtype.size for dtype, shape in self.entries().values())
 
 
 @dataclass
@@ -89,7 +83,7 @@ class Component:
 
     @property
     def parameters(self) -> int:
-        return sum(_size(row.shape) for row in self.rows)
+        return sum(prod(row.shape) for row in self.rows)
 
 
 def kind(config: dict, where) -> tuple[str, object]:
@@ -207,7 +201,7 @@ def plan(
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise SnapGenError(f"{component.config_file} does not describe {where}: {why}") from e
     used = _used(component, shapes, ema)
-    group = rules.group_size(component.source_config) if _quantizes(rules, quantize) else None
+    group = rules.groupprod(component.source_config) if _quantizes(rules, quantize) else None
     overrides = {}
     for key, (targets, _) in used.items():
         info = reader.infos[key]

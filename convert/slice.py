@@ -49,7 +49,7 @@ def slice_model(folder, dest, variant: str) -> dict:
             (tmp / FEW_STEP).mkdir()
             shutil.copyfile(lora, tmp / FEW_STEP / lora.name)
         for file in folder.iterdir():
-            if file.is_file():
+            if file.is_file() and file.name != "recipe.json":  # its layers have other names
                 shutil.copyfile(file, tmp / file.name)
         write_components(tmp, {part.name: part}, "mlx")
         write_json(tmp / part.name / "config.json", part.config)

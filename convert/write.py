@@ -34,7 +34,8 @@ def copy_few_steps(
 
 def check_disk(folder: Path, components: dict[str, Component]) -> None:
     """Raise SnapGenError unless what ``folder`` lacks of the components fits on its disk."""
-    done = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    files = [p for name in components for p in (folder / name).glob("*.safetensors")]
+    done = sum(p.stat().st_size for p in files)
     need = sum(c.nbytes for c in components.values()) + MARGIN - done
     free = shutil.disk_usage(folder).free
     if free < need:

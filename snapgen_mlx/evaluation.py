@@ -37,10 +37,10 @@ def evaluate(
     For alignment ``count`` of the examples, or all where there are fewer, are drawn from their
     first captions, always the same ones from the same noise, and compared with all of them; none
     when all show one concept. Yields first the records of ``encode_data``; then what is measured:
-    ``pictures``, ``concepts``, ``drawn``, ``steps``, ``guidance`` and, when any is drawn, the
-    shares by ``chance``; then for each of ``variants`` (all when None) its name as ``variant``,
-    the ``loss`` of its base and its ``shares``. Raises UsageError for an unknown variant, or a
-    picture that does not fit into memory.
+    ``pictures``, ``concepts``, ``drawn`` and, when any is drawn, the shares by ``chance``; then for
+    each of ``variants`` (all when None) its name as ``variant``, the ``loss`` of its base and, when
+    drawn, its ``shares`` with the ``steps`` and ``guidance`` of its own. Raises UsageError for an
+    unknown variant, or a picture that does not fit into memory.
     """
     pipe = Pipeline.load(model, variants and variants[0], guidance=guidance, keep_encoders=False)
     variants = variants or pipe.dit_config.variants
@@ -50,11 +50,16 @@ def evaluate(
     n = len(set(concepts))
     count = min(count, len(examples)) if n > 1 else 0
     chosen = np.random.default_rng(0).permutation(len(examples))[:count]
-    given = dict(steps=steps, guidance=guidance)
-    jobs = [pipe.settings(examples[i].captions[0], seed=s, **given) for s, i in enumerate(chosen)]
-    s = pipe.settings("any", **given)
-    if jobs:
-        pipe.prepare(jobs)
+
+    def jobs() -> list[Settings]:
+        given = dict(steps=steps, guidance=guidance)
+        return [
+            pipe.settings(examples[i].captions[0], seed=s, **given) for s, i in enumerate(chosen)
+        ]
+
+    s = pipe.settings("any", steps=steps, guidance=guidance)
+    if count:
+        pipe.prepare(jobs())
     pipe.free("encoders", "dit")
     measured = [replace(e, captions=e.captions[:1]) for e in examples]
     with tempfile.TemporaryDirectory() as cache:
@@ -62,16 +67,17 @@ def evaluate(
         fixed = list(fixed_batches(data, max(1, BATCH_PIXELS // (s.width * s.height))))
         mx.eval(fixed)
     header = {"pictures": len(examples), "concepts": n, "drawn": count}
-    header |= {"steps": s.steps, "guidance": s.guidance}
     yield header | ({"chance": chance(n)} if count else {})
-    if jobs:
+    if count:
         real = _square_latents(pipe, data.latents, examples, s)
     for name in variants:
         pipe.free("dit")
         pipe.variant = name
         record = {"variant": name}
-        if jobs:
-            drawn = draw_latents(pipe, jobs)
+        if count:
+            own = jobs()
+            record |= {"steps": own[0].steps, "guidance": own[0].guidance}
+            drawn = draw_latents(pipe, own)
             record |= shares(ranks(drawn, [concepts[i] for i in chosen], real, concepts))
         pipe.free("dit")
         # Distilled into few steps, a width has another aim than the flow loss.

@@ -1,5 +1,7 @@
 """Writing files and folders whole or not at all: a temporary name, fsync, then rename."""
 
+import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -7,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SnapGenError
+
+
+def file_sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _umask() -> int:
@@ -54,15 +61,19 @@ def atomic_write(path):
 def atomic_folder(path):
     """Yield a temporary folder beside ``path`` that is renamed to ``path`` when whole.
 
-    ``path`` must not exist (or be an empty folder). On any error nothing is left behind.
-    Raises SnapGenError when ``path`` holds something or cannot be written.
+    ``path`` must not exist (or be an empty folder). On any error nothing is left behind; what a
+    killed process left is removed. Raises SnapGenError when ``path`` holds something or cannot be
+    written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SnapGenError(f"{path} already exists and is not empty; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        name = {"prefix": f".{path.name}.", "suffix": ".unfinished"}
+        for left in path.parent.glob(f"{glob.escape(name['prefix'])}*{name['suffix']}"):
+            shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(**name, dir=path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
     except OSError as e:
         raise SnapGenError(f"cannot write {path}: {e.strerror}; choose another place") from e

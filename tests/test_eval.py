@@ -107,7 +107,7 @@ def test_pictures_of_several_shapes(model, tmp_path):
     folder = write_data(tmp_path / "data", images, rows)
     examples = read_folder(folder)
     *encoded, head, every = evaluate(tmp_path / "model", examples, ["tiny"])
-    assert (head["pictures"], head["drawn"], head["steps"]) == (3, 3, 1)
+    assert (head["pictures"], head["drawn"], every["steps"]) == (3, 3, 1)
     assert [r["encoded"] for r in encoded if "pictures" in r] == [1, 2, 3], "a batch a bucket"
     alone = [list(evaluate(tmp_path / "model", [e], ["tiny"]))[-1]["loss"] for e in examples]
     assert len({round(loss, 3) for loss in alone}) == 3
@@ -149,12 +149,12 @@ def test_alignment_of_the_shipped_model(drawn, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[:2] == [
         "pictures 4, concepts 4",
-        "at each width 4 drawn with 4 steps, guidance 1",
+        "at each width 4 drawn",
     ]
-    assert lines[2].split() == ["loss", "nearest", "in", "5"]
+    assert lines[2].split() == ["loss", "nearest", "in", "5", "steps", "guidance"]
     assert lines[3].split() == ["chance", "25.0", "%", "100.0", "%"]
     name, loss, *rest = lines[4].split()
-    assert (name, rest) == ("full", ["100.0", "%", "100.0", "%"])
+    assert (name, rest) == ("full", ["100.0", "%", "100.0", "%", "4", "1"])
     *_, head, record = evaluate(embedded_model(), read_folder(wrong), ["full"])
     assert head["chance"] == chance(4)
     assert record["top1"] == 0 and record["loss"] > float(loss)
@@ -170,12 +170,25 @@ def test_concepts(drawn, model, tmp_path):
     found = json.loads((tmp_path / "e.json").read_text())
     assert list(found["variants"]) == ["small", "tiny"]
     assert (found["pictures"], found["concepts"], found["drawn"]) == (3, 2, 1)
-    assert (found["steps"], found["guidance"], found["chance"]["top1"]) == (2, 1, 0.5)
+    assert found["chance"]["top1"] == 0.5
+    assert all((v["steps"], v["guidance"]) == (2, 1) for v in found["variants"].values())
     (folder / "metadata.jsonl").unlink()
     result = invoke(*args, "--caption", "a cat")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("pictures 3, concepts 1\nall pictures show one concept, so")
     assert "chance" not in result.stdout
+
+
+def test_a_width_without_few_steps_draws_as_its_base(model, data, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    lora = {"mid.0.cross.to_k.lora_A.weight": (2, 32), "mid.0.cross.to_k.lora_B.weight": (32, 2)}
+    (tmp_path / "model" / "few_step").mkdir()
+    path = tmp_path / "model" / "few_step" / "full.safetensors"
+    mx.save_safetensors(str(path), {k: mx.zeros(shape) for k, shape in lora.items()})
+    *_, tiny, full = evaluate(tmp_path / "model", read_folder(data), ["tiny", "full"], count=1)
+    assert (full["steps"], full["guidance"]) == (4, 1)
+    base = json.loads((model / "config.json").read_text())["sampling"]
+    assert (tiny["steps"], tiny["guidance"]) == (base["steps"], base["guidance"])
 
 
 def test_the_same_figures_again(model, data, tmp_path):

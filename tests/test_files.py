@@ -97,6 +97,16 @@ with atomic_write({str(path)!r}) as tmp:
     assert path.read_text() == "old"
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    code = f"from snapgen_mlx.files import atomic_folder\nwith atomic_folder('x'): {kill}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
+    assert len(names(tmp_path)) == 1
+    with atomic_folder(tmp_path / "x") as tmp:
+        (tmp / "file").write_text("new")
+    assert names(tmp_path) == ["x"]
+
+
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])
 def test_places_that_cannot_be_written(locked, write):
     file = locked.parent / "file"

@@ -31,8 +31,8 @@ from snapgen_mlx.quantization.recipe import (
     Recipe,
     average_bits,
     design,
-    is_protected,
     least_bits,
+    protected,
     quantizable,
 )
 from snapgen_mlx.quantization.sensitivity import layer_inputs, measure
@@ -244,11 +244,11 @@ def sensitivities(draw):
 @given(found=sensitivities(), share=st.floats(0, 1))
 @settings(max_examples=30, deadline=None)
 def test_recipes_keep_to_their_budget(method, found, share):
-    least = least_bits(SHAPES)
+    least = least_bits(SHAPES, protected(SHAPES))
     budget = least + share * (8 - least)
     recipe = design(CONFIG, SHAPES, found, budget, method)
     assert recipe.layers.keys() == SHAPES.keys() and set(recipe.layers.values()) <= set(BITS)
-    assert all(bits == 8 for layer, bits in recipe.layers.items() if is_protected(layer))
+    assert all(recipe.layers[layer] == 8 for layer in protected(SHAPES))
     average = average_bits(recipe.layers, SHAPES)
     assert average <= budget + 1e-9
     # Nothing that would still fit was left at fewer bits.
@@ -265,7 +265,7 @@ def test_the_mse_rule_is_the_papers():
     by_bits = {layer: dict.fromkeys(map(str, BITS), e) for layer, e in errors.items()}
     found = {layer: {"full": {"mse": by_bits[layer]}} for layer in SHAPES}
     layers = design(CONFIG, SHAPES, found, 5, "mse").layers
-    free = {layer: bits for layer, bits in layers.items() if not is_protected(layer)}
+    free = {layer: bits for layer, bits in layers.items() if layer not in protected(SHAPES)}
     assert set(free.values()) == {4, 8}
     for low in free:
         for high in free:
@@ -283,8 +283,16 @@ def test_density_gives_bits_where_they_help_the_latents():
 
 
 def test_modulation_and_final_layers_are_protected():
-    protected = {layer for layer in SHAPES if is_protected(layer)}
-    assert protected == {f"time_embed.{i}.modulation" for i in range(3)} | {"final.proj"}
+    banks = {f"time_embed.{i}.modulation" for i in range(3)}
+    assert protected(SHAPES) == banks | {"final.proj"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_were_not_measured_get_8_bits(method):
+    nmse = {str(b): 4.0**-b for b in BITS}
+    found = {k: {"full": {"nmse": nmse, "mse": nmse, "latents": 1.0}} for k in SHAPES}
+    del found["mid.0.ffn.fc1"]
+    assert design(CONFIG, SHAPES, found, 5, method).layers["mid.0.ffn.fc1"] == 8
     # The tiny encoder's 8 channels are no group.
     assert "text_embed.static.proj" not in SHAPES
 
@@ -557,3 +565,16 @@ def test_damaged_palettes_are_one_line(quantized, tmp_path):
         line = one_line(run(*command, tmp_path / "x"), 1)
         assert "mid.0.ffn.fc1" in line
     assert "mid.0.ffn.fc1.weight" in one_line(run("export", tmp_path / "x", tmp_path / "y"), 1)
+
+
+def test_a_model_without_its_text_encoder(model, prompts, tmp_path):
+    """Such as one of Gemma states, whose encoder is chosen when it draws."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("text_encoder"))
+    options = ["--method", "mse", "--prompts", prompts]
+    result = run("quantize", folder, tmp_path / "x", *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "x.sensitivity.json").read_text())["layers"]
+    assert not any("latents" in e for of_layer in found.values() for e in of_layer.values())
+    result = run("quantize", model, tmp_path / "y", *options, "--recipe", "r.json")
+    assert result.exit_code == 2 and "with --recipe nothing is measured" in result.output

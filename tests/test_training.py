@@ -16,6 +16,7 @@ from snapgen_mlx.training.elastic import (
     add_noise,
     norm,
     sample_timesteps,
+    training_shift,
     validation_loss,
 )
 
@@ -79,6 +80,7 @@ def test_timesteps_follow_the_formula():
     key = mx.random.key(3)
     z = np.array(mx.random.normal((1000,), key=key), dtype=np.float64)
     u = 1 / (1 + np.exp(-z))
+    assert [training_shift(size) for size in (128, 256, 640, 1024, 2048)] == [1, 1, 2, 3, 3]
     for shift in (1.0, 3.0):
         t = sample_timesteps(key, 1000, shift)
         np.testing.assert_allclose(t, shift * u / (1 + (shift - 1) * u), atol=1e-6)

@@ -56,7 +56,8 @@ class Calibration:
     def steps(self, pipe: Pipeline, count: int | None = None) -> Iterator[Iterator[Step]]:
         """The (unevaluated) steps of the first ``count`` prompts, batch after batch, as this width
         of the model is used: its own number of steps, guidance, shift and few-step LoRA."""
-        s, count = pipe.settings("any"), count or len(self.prompts)
+        s, n = pipe.settings("any"), len(self.prompts)
+        count = min(count or n, n)
         tokens = self.noise[0, ..., 0].size // pipe.dit_config.patch_size**2
         size = max(1, TOKENS // tokens)
         for i in range(0, count, size):

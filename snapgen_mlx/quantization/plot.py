@@ -1,6 +1,7 @@
 """A drawing of what each layer loses when it alone is quantized. Needs matplotlib."""
 
 import importlib
+import math
 
 from ..errors import UsageError
 from ..files import atomic_write
@@ -17,18 +18,20 @@ def import_matplotlib():
 
 def draw(sensitivity: dict, layers: dict[str, int], path) -> None:
     """Normalised output error of every layer at each number of bits, its effect on the final
-    latents at 4, and the bits that ``layers`` gives it; the widths' errors are added."""
+    latents at 4 where that was measured, and the bits that ``layers`` gives it; the widths' errors
+    are added."""
     figure = import_matplotlib().Figure(figsize=(max(8, len(layers) / 7), 8), layout="constrained")
     errors, effects, chosen = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
-    names, places = list(layers), range(len(layers))
+    names, places = list(sensitivity), range(len(sensitivity))
     for bits in BITS:
         values = [summed(sensitivity, n, lambda e, b=str(bits): e["nmse"][b]) for n in names]
         errors.semilogy(places, values, ".-", linewidth=0.5, label=f"{bits} bits")
     errors.set_ylabel("output error / power")
     errors.legend(ncols=len(BITS), fontsize="small")
-    effects.semilogy(places, [summed(sensitivity, n, lambda e: e["latents"]) for n in names], "k.-")
+    values = [summed(sensitivity, n, lambda e: e.get("latents", math.nan)) for n in names]
+    effects.semilogy(places, values, "k.-")
     effects.set_ylabel("error of final\nlatents, 4 bits")
-    chosen.bar(places, layers.values())
+    chosen.bar(places, [layers[n] for n in names])
     chosen.set_ylabel("bits given")
     chosen.set_xticks(places, names, rotation=90, fontsize=5)
     with atomic_write(path) as tmp:

@@ -31,6 +31,7 @@ from .recipe import (
     check_budget,
     design,
     least_bits,
+    protected,
     quantizable,
     uniform,
 )
@@ -66,11 +67,11 @@ def quantize(
 
     Args: backend, "affine" or "palette"; then one of bits, the average over the weights of the
         transformer's Linear layers (4.3 when nothing is given), size, bytes of the whole folder at
-        most, target, PSNR of the final latents in dB at least, or recipe, one or its file; method
-        of a recipe to be made, "density" or "mse"; prompts to measure with; sensitivity, the file
+        most, target, PSNR of the final latents in dB, about, or recipe, one or its file; method of
+        a recipe to be made, "density" or "mse"; prompts to measure with; sensitivity, the file
         that keeps the measurement (DEST.sensitivity.json when not given), progress(done, in all)
         of it, and plot, a PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose
-        state is kept in DEST.tuning and whose records ``follow`` is given.
+        state is kept in DEST.tuning until they are done and whose records ``follow`` is given.
     The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
     of 64; with palettes convolutions, autoencoder, CLIP and few-step LoRAs get 8 bits. What is left
     becomes 16 bits. Returns a report (JSON-ready) of what was read back. Raises
@@ -86,17 +87,21 @@ def quantize(
     _check_float(model)
     form = backend_of(backend, config)
     shapes = quantizable(config, form.group)
+    budget = BITS if bits is None else bits
+    # What cannot be met is refused before the long work.
+    if recipe is None:
+        check_budget(shapes, budget, protected(shapes))
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, config, shapes)
     with atomic_folder(dest) as tmp:
         others = _write_others(model, tmp, form)
         if recipe is None:
-            budget = BITS if bits is None else bits
             if size is not None:
                 budget = _affordable(size - folder_bytes(tmp), model, config, shapes, form)
-            if target is None:
-                check_budget(shapes, budget)  # before the long measurement
             calibration = Calibration.of(model, prompts)
             path = sensitivity or dest.with_name(f"{dest.name}.sensitivity.json")
-            found = measure(model, form, calibration, path, progress)
+            effect = method == "density"
+            found = measure(model, form, calibration, path, progress, effect)
 
             def make(budget: float) -> Recipe:
                 return design(config, shapes, found, budget, method)
@@ -104,11 +109,11 @@ def quantize(
             if target is None:
                 recipe = make(budget)
             else:
-                recipe = _search(target, make, least_bits(shapes), model, form, calibration)
+                kept = protected(shapes) | (shapes.keys() - found.keys())
+                least = least_bits(shapes, kept)
+                recipe = _search(target, make, least, model, form, calibration)
             if plot:
                 draw(found, recipe.layers, plot)
-        elif not isinstance(recipe, Recipe):
-            recipe = Recipe.load(recipe, config, shapes)
         part = transformer_part(model, recipe, form)
         check_disk(tmp, {part.name: part})
         write_components(tmp, {part.name: part}, "mlx")
@@ -119,6 +124,7 @@ def quantize(
             options = TuningOptions.of(average_bits(recipe.layers, shapes), tuning)
             for record in tune(model, tmp, prompts, run, options):
                 follow(record)
+            shutil.rmtree(run)
         written = verify(tmp, {**others, part.name: part})
         report = {
             "backend": form.name,
@@ -155,7 +161,7 @@ def _affordable(size: int, model: Path, config: DiTConfig, shapes: dict, form: B
     weights = sum(map(prod, shapes.values()))  # one byte each at 8 bits
     entries = sum(len(row.entries()) for row in part.rows)
     fixed = part.nbytes - weights + ENTRY * entries + LAYER * len(shapes)
-    least = fixed + least_bits(shapes) * weights / 8
+    least = fixed + least_bits(shapes, protected(shapes)) * weights / 8
     if size < least:
         raise UsageError(
             f"the folder would need {format_bytes(int(least - size))} more even with the fewest "

@@ -1,5 +1,6 @@
 """How many bits each layer gets: recipes under a budget, and their files."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -28,9 +29,9 @@ def quantizable(config: DiTConfig, group: int) -> dict[str, tuple[int, int]]:
     return layers
 
 
-def is_protected(layer: str) -> bool:
-    """Modulation and the final layer never have less than 8 bits [training section 5]."""
-    return layer.startswith("final.") or layer.endswith(".modulation")
+def protected(layers) -> set[str]:
+    """Modulation and the final layer, which never have less than 8 bits (training section 5)."""
+    return {k for k in layers if k.startswith("final.") or k.endswith(".modulation")}
 
 
 @dataclass
@@ -88,19 +89,18 @@ def average_bits(layers: dict[str, int], shapes: dict) -> float:
     return code_bits(layers, shapes) / sum(map(prod, shapes.values()))
 
 
-def least_bits(shapes: dict, protected: Callable[[str], bool] = is_protected) -> float:
-    return average_bits({k: 8 if protected(k) else BITS[0] for k in shapes}, shapes)
+def least_bits(shapes: dict, kept: set[str]) -> float:
+    """The average when ``kept`` layers have 8 bits and the rest the fewest."""
+    return average_bits({k: 8 if k in kept else BITS[0] for k in shapes}, shapes)
 
 
-def check_budget(
-    shapes: dict, budget: float, protected: Callable[[str], bool] = is_protected
-) -> None:
-    """Raise UsageError for average bits that no recipe can have."""
-    least = least_bits(shapes, protected)
+def check_budget(shapes: dict, budget: float, kept: set[str]) -> None:
+    """Raise UsageError for average bits that no recipe can have which keeps 8 in ``kept``."""
+    least = least_bits(shapes, kept)
     if not least <= budget <= BITS[-1]:
         raise UsageError(
-            f"an average of {budget:g} bits is out of range: it must be {least:.2f} (2 bits, and 8 "
-            "in modulation and the final layer) to 8"
+            f"an average of {budget:g} bits is out of range: it must be "
+            f"{math.ceil(100 * least) / 100} (2 bits, and 8 in modulation and the final layer) to 8"
         )
 
 
@@ -110,7 +110,6 @@ def design(
     sensitivity: dict,
     budget: float,
     method: str = "density",
-    protected: Callable[[str], bool] = is_protected,
 ) -> Recipe:
     """The recipe of ``method`` whose ``average_bits`` stay within ``budget``.
 
@@ -118,13 +117,14 @@ def design(
     output error at these bits at 8. "density" starts at 2 bits and takes, again and again, the
     step that lessens the error of the final latents most for its bits. That error is measured at 4
     bits; elsewhere it follows the layer's normalised output error. The errors of all widths are
-    added up. Raises UsageError for a budget out of range.
+    added up. Layers that ``sensitivity`` lacks, since nothing went through them, get 8 bits. Raises
+    UsageError for a budget out of range.
     """
-    check_budget(shapes, budget, protected)
+    kept = protected(shapes) | (shapes.keys() - sensitivity.keys())
+    check_budget(shapes, budget, kept)
     limit = budget * sum(map(prod, shapes.values()))
     rule = {"mse": _by_mse, "density": _by_density}[method]
-    layers = rule(sensitivity, shapes, limit, set(filter(protected, shapes)))
-    return Recipe(architecture(config), layers, method)
+    return Recipe(architecture(config), rule(sensitivity, shapes, limit, kept), method)
 
 
 def summed(sensitivity: dict, layer: str, error: Callable[[dict], float]) -> float:
@@ -132,34 +132,35 @@ def summed(sensitivity: dict, layer: str, error: Callable[[dict], float]) -> flo
     return sum(map(error, sensitivity[layer].values()))
 
 
-def _by_mse(sensitivity: dict, shapes: dict, limit: float, protected: set) -> dict[str, int]:
+def _by_mse(sensitivity: dict, shapes: dict, limit: float, kept: set) -> dict[str, int]:
     def all_at(bits: int) -> dict[str, int]:
-        return {layer: 8 if layer in protected else bits for layer in shapes}
+        return {layer: 8 if layer in kept else bits for layer in shapes}
 
     low = max(bits for bits in BITS if code_bits(all_at(bits), shapes) <= limit)
     layers = all_at(low)
     left = limit - code_bits(layers, shapes)
-    errors = {k: summed(sensitivity, k, lambda e: e["mse"][str(low)]) for k in shapes}
-    for layer in sorted(shapes, key=errors.get, reverse=True):
+    errors = {k: summed(sensitivity, k, lambda e: e["mse"][str(low)]) for k in sensitivity}
+    for layer in sorted(errors, key=errors.get, reverse=True):
         cost = (8 - layers[layer]) * prod(shapes[layer])
         if cost <= left:
             layers[layer], left = 8, left - cost
     return layers
 
 
-def _by_density(sensitivity: dict, shapes: dict, limit: float, protected: set) -> dict[str, int]:
+def _by_density(sensitivity: dict, shapes: dict, limit: float, kept: set) -> dict[str, int]:
     def error(layer: str, bits: int) -> float:
         def of(e):
             return e["latents"] * e["nmse"][str(bits)] / max(e["nmse"]["4"], 1e-30)
 
         return summed(sensitivity, layer, of)
 
-    errors = {layer: {b: error(layer, b) for b in BITS} for layer in shapes}
-    layers = {layer: 8 if layer in protected else BITS[0] for layer in shapes}
+    errors = {layer: {b: error(layer, b) for b in BITS} for layer in shapes.keys() - kept}
+    layers = {layer: 8 if layer in kept else BITS[0] for layer in shapes}
     left = limit - code_bits(layers, shapes)
     while True:
         steps = []
-        for layer, now in layers.items():
+        for layer in errors:
+            now = layers[layer]
             for bits in BITS:
                 cost = (bits - now) * prod(shapes[layer])
                 gain = errors[layer][now] - errors[layer][bits]

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import SnapGenError
+from ..files import file_sha256
 from ..models.elastic import axis_groups, bank_index, in_bank, leading_slice
 from ..pipeline import Pipeline
 from ..weights import load_supernet, load_tensors, read_json, weight_files, write_json
@@ -32,15 +33,18 @@ def measure(
     calibration: Calibration,
     path,
     progress: Callable[[int, int], None] | None = None,
+    effect: bool = True,
 ) -> dict:
     """Quantize each layer of the folder ``model`` alone and compare, at every width.
 
     Returns {layer: {variant: {"mse", "nmse": {bits: error}, "latents": error}}}. mse: mean squared
     error of the layer's output on a sample of its inputs along the schedule; nmse: the same by the
     output's power; latents: the squared error of the final latents, by their power, with the layer
-    at 4 bits. Kept in the JSON file ``path``, from which a later call goes on. In memory are one
-    width of the model, ``ROWS`` rows of each of its layers' inputs, and one layer's copies. Raises
-    SnapGenError when ``path`` holds another measurement.
+    at 4 bits; left out, with most of the time it takes, without ``effect``. A layer that nothing
+    goes through, such as that of a text encoder which is not there, is left out. Kept in the JSON
+    file ``path``, from which a later call goes on. In memory are one width of the model, ``ROWS``
+    rows of each of its layers' inputs, and one layer's copies. Raises SnapGenError when ``path``
+    holds another measurement.
     """
     path = Path(path)
     config, _ = load_supernet(model)
@@ -49,10 +53,16 @@ def measure(
     found = _open(path, _key(model, pipes, backend, calibration))
     done, saved = found["layers"], time.monotonic()
     total = sum(has(layer, i) for layer in layers for i in range(len(config.widths)))
+    wanted = {"mse", "latents"} if effect else {"mse"}
     try:
         for index, variant in enumerate(config.variants):
-            todo = [k for k in layers if has(k, index) and variant not in done.get(k, {})]
-            for layer, errors in _measure(pipes[index], config, index, todo, backend, calibration):
+            todo = [
+                k
+                for k in layers
+                if has(k, index) and wanted - done.get(k, {}).get(variant, {}).keys()
+            ]
+            args = (config, index, todo, backend, calibration, effect)
+            for layer, errors in _measure(pipes[index], *args):
                 done.setdefault(layer, {})[variant] = errors
                 if progress:
                     progress(sum(map(len, done.values())), total)
@@ -70,18 +80,24 @@ def has(layer: str, index: int) -> bool:
     return bank_index(layer) in (None, index)
 
 
-def _measure(pipe, config, index: int, layers: list[str], backend, calibration):
-    """Yield each layer with its errors at one width."""
+def _measure(pipe, config, index: int, layers: list[str], backend, calibration, effect: bool):
+    """Yield each layer that is used with its errors at one width."""
     if not layers:
         return
     tensors = load_tensors(pipe.folder / "transformer")
     modules, inputs = dict(pipe.dit.named_modules()), layer_inputs(pipe, calibration)
-    _, reference = calibration.latents(pipe, EFFECT_PROMPTS)
+    if effect:
+        _, reference = calibration.latents(pipe, EFFECT_PROMPTS)
     for layer in layers:
         weight = tensors.pop(f"{layer}.weight")  # left there, it would stay in memory
+        if own_path(layer) not in inputs:
+            continue
         module, x = modules[own_path(layer)], inputs.pop(own_path(layer))
         cut = cutter(layer, config.widths[index])
         errors = _output_errors(weight, x.astype(mx.float32), cut, backend)
+        if not effect:
+            yield layer, errors
+            continue
         original = module.weight
         module.weight = original + cut(backend.rounding(weight, EFFECT_BITS)).astype(original.dtype)
         _, latents = calibration.latents(pipe, EFFECT_PROMPTS)
@@ -101,7 +117,8 @@ def cutter(layer: str, width: float) -> Callable[[mx.array], mx.array]:
 
 
 def layer_inputs(pipe: Pipeline, calibration: Calibration) -> dict[str, mx.array]:
-    """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule."""
+    """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule,
+    but for layers that none enters."""
     paths = {id(m): path for path, m in pipe.dit.named_modules() if isinstance(m, nn.Linear)}
     taken = {path: [] for path in paths.values()}
     rng, original = np.random.default_rng(0), nn.Linear.__call__
@@ -119,7 +136,7 @@ def layer_inputs(pipe: Pipeline, calibration: Calibration) -> dict[str, mx.array
         for steps in calibration.steps(pipe):
             for step in steps:
                 mx.eval(step.x, taken)
-    return {path: mx.concatenate(parts) for path, parts in taken.items()}
+    return {path: mx.concatenate(parts) for path, parts in taken.items() if parts}
 
 
 def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backend) -> dict:
@@ -135,11 +152,9 @@ def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backen
 
 def _key(model, pipes: list[Pipeline], backend: Backend, calibration: Calibration) -> dict:
     """What a measurement depends on."""
-    digest = hashlib.sha256()
     files = sorted(set(weight_files(Path(model) / "transformer").values()))
-    for file in files + [pipe.few_step for pipe in pipes if pipe.few_step]:
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+    files += [pipe.few_step for pipe in pipes if pipe.few_step]
+    digest = hashlib.sha256("".join(map(file_sha256, files)).encode())
     settings = [pipe.settings("any") for pipe in pipes]
     return {
         "transformer": digest.hexdigest(),

@@ -6,14 +6,14 @@ self-distillation, until velocities and final tokens of every width are the floa
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from ..files import atomic_write
 from ..lora import LoRALinear
+from ..memory import usable_memory
 from ..models.dit import DiT
 from ..safetensors_io import DTYPES, read_header, write_tensors
 from ..sampling import schedule
@@ -21,11 +21,11 @@ from ..training.checkpoint import fingerprint
 from ..training.data import LatentDataset, cached_states
 from ..training.distill import TEXT_FOLDERS, velocity_and_tokens
 from ..training.elastic import ElasticOptions, ElasticTrainer
+from ..training.finetune import draw_prior, training_memory
 from ..training.loop import RunOptions, train
 from ..weights import load_supernet, weight_files
-from .calibration import Calibration, load_widths
+from .calibration import load_widths
 
-SEEDS = (2, 3)  # of the pictures learned from; others than those that measure
 SAVE_MINUTES = 1.0
 
 
@@ -61,7 +61,7 @@ class TuningTrainer(ElasticTrainer):
     def __init__(self, config, params, options, models, base="", *, teachers, sigmas):
         super().__init__(config, params, options, models, base)
         self.teachers, self.sigmas = teachers, mx.array(sigmas)
-        mx.eval([model.parameters() for model in (*models, *teachers)])
+        mx.eval([model.parameters() for model in teachers])
         wrapped = [
             {path for path, m in model.named_modules() if isinstance(m, LoRALinear)}
             for model in models
@@ -102,16 +102,17 @@ def tune(
     config, params = load_supernet(folder)
     params = {k: a for k, a in params.items() if is_tuned(k)}
     pipes = load_widths(model)
-    settings = pipes[-1].settings("any")
+    settings = [pipe.settings("any") for pipe in pipes]
+    options = fitting(model, folder, params, options, batch)
     data = yield from drawn(model, pipes[-1], prompts, run / "cache")
     trainer = TuningTrainer(
         *(config, params, options, [pipe.dit for pipe in load_widths(folder)]),
         fingerprint(model / "transformer", folder / "transformer"),
         teachers=[pipe.dit for pipe in pipes],
-        sigmas=schedule(settings.steps, settings.shift)[:-1],
+        sigmas=sorted({t for s in settings for t in schedule(s.steps, s.shift)[:-1]}),
     )
     # What guidance is against needs no text.
-    dropout = 0.0 if settings.guidance == 1 else 0.1
+    dropout = 0.1 if any(s.guidance != 1 for s in settings) else 0.0
     o = RunOptions(
         batch, text_dropout=dropout, save_minutes=SAVE_MINUTES, log_every=10, sample_every=0
     )
@@ -120,13 +121,29 @@ def tune(
 
 
 def drawn(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
-    """The data set of a width's own pictures of ``prompts``; yields as ``data.cached_states``."""
-    latents = [Calibration.of(model, prompts, seed).latents(pipe)[1] for seed in SEEDS]
-    latents = np.concatenate([np.array(z.astype(mx.float32)) for z in latents])
+    """The data set of two of a width's own pictures of each of ``prompts``; yields as
+    ``finetune.draw_prior`` and ``data.cached_states``."""
+    latents = yield from draw_prior(model, prompts * 2, cache)
     text = fingerprint(*(model / name for name in TEXT_FOLDERS))
     encoders = yield from cached_states(pipe.encoders, text, prompts, cache)
     pipe.free("encoders")
-    return LatentDataset(list(latents), [[p] for _ in SEEDS for p in prompts], encoders)
+    return LatentDataset(latents, [[p] for p in prompts * 2], encoders)
+
+
+def fitting(
+    model: Path, folder: Path, params: dict, options: TuningOptions, batch: int
+) -> TuningOptions:
+    """``options``, with a batch in parts or checkpointing where memory asks for it. Raises
+    UsageError where nothing fits."""
+    weights = training_memory(folder).frozen, training_memory(model).frozen
+    trained = sum(a.size for a in params.values())
+    memory = replace(training_memory(folder), beside=sum(weights), trained=trained)
+    ways = [options, *(o for _, o in memory.alternatives(options, batch) if not o.lora)]
+    usable = usable_memory()
+    fit = next((o for o in ways if memory.peak(o, batch) <= usable), None)
+    if fit is None:
+        memory.check(options, batch)
+    return fit
 
 
 def replace_tensors(folder, arrays: dict[str, mx.array]) -> None:

@@ -7,18 +7,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import SnapGenError
-from ..files import atomic_write
+from ..files import atomic_write, file_sha256
 from ..safetensors_io import write_tensors
 
 KEEP = 2
-
-
-def file_sha256(path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def fingerprint(*folders: Path) -> str:
@@ -55,18 +47,21 @@ def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> No
 def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
     """Newest state that is whole, or None when there is none at all.
 
-    A state cut short on disk is passed over for the one before it. Raises SnapGenError when
-    states are there but none is whole.
+    A state cut short on disk is passed over for the one before it, and removed then, lest it be
+    counted among the last two. Raises SnapGenError when states are there but none is whole.
     """
-    states = _states(Path(folder))
+    states, damaged = _states(Path(folder)), []
     for path in states:
         weights = path.with_suffix(".safetensors")
         try:
             info = json.loads(path.read_text())
             if info["sha256"] == file_sha256(weights) and path.stem == f"state-{info['step']:08d}":
+                for other in damaged:
+                    other.unlink(missing_ok=True)
                 return mx.load(str(weights)), info
         except (OSError, ValueError, KeyError, TypeError):
-            continue
+            pass
+        damaged.append(path)
     if states:
         raise SnapGenError(
             f"no training state in {folder} is whole; remove it to start from the beginning"

@@ -17,12 +17,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import DiTConfig
 from ..errors import UsageError
+from ..files import file_sha256
 from ..lora import LoRALinear, Update, few_step_lora, load_lora
 from ..models.dit import DiT
 from ..pipeline import load_text_encoders
 from ..sampling import guide
 from ..weights import load_config, load_dit
-from .checkpoint import file_sha256, fingerprint
+from .checkpoint import fingerprint
 from .data import LatentDataset, cached_states, encode_text
 from .elastic import ElasticOptions, ElasticTrainer
 

@@ -26,7 +26,7 @@ from .finetune import (
     write_model,
 )
 from .kdmd import KDMDOptions, KDMDTrainer
-from .loop import LOG, RunOptions, train
+from .loop import LOG, RunOptions, check_batch, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
 from .memory import TrainingMemory
 from .pictures import Example
@@ -58,6 +58,7 @@ def distill_few_steps(
     model, output = Path(model), Path(output)
     world = mx.distributed.init()
     check_output(model, output)
+    check_batch(options, kdmd)
     dit = load_dit(model, variant)
     variant = dit.config.variants[0]
     few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
@@ -70,7 +71,7 @@ def distill_few_steps(
     trainer = KDMDTrainer(dit, teacher, kdmd, options.seed, prints, watch)
     for record in train(trainer, sets[0], run, options, sets[1], stop):
         yield record
-        if can_plot() and ("done" in record or "val/std" in record):
+        if can_plot() and not world.rank() and ("done" in record or "val/std" in record):
             plot_losses(run / LOG, run / "loss.png")
     if (record["stopped"] and not record["done"]) or world.rank():
         return

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,15 +33,16 @@ from ..weights import (
 from .checkpoint import fingerprint
 from .data import LatentDataset, bucket_sizes, cached_latents, cached_states
 from .distill import TEXT_FOLDERS, KDTrainer, teach, without_projectors
-from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm
-from .loop import RunOptions, train
+from .elastic import ElasticOptions, ElasticTrainer, empty_models, norm, training_shift
+from .loop import RunOptions, check_batch, train
 from .lora import attach_lora, lora_change, lora_params, save_lora
 from .memory import TrainingMemory
 from .pictures import Example
 from .report import Report
 
 LORA = "lora.safetensors"
-NOT_COPIED = ("transformer", FEW_STEP, "run", "cache")
+# A model's card, recipe and LoRAs are of the weights that it had.
+NOT_COPIED = ("transformer", FEW_STEP, "run", "cache", "README.md", "recipe.json", LORA)
 
 
 def finetune(
@@ -69,9 +71,12 @@ def finetune(
     """
     model, output = Path(model), Path(output)
     check_output(model, output)
+    check_batch(options, elastic)
     processes = mx.distributed.init().size()
     memory = training_memory(model, teacher.nbytes if teacher else 0)
     memory.check(elastic, -(-options.batch // processes))
+    size = load_config(model).get("sampling", {}).get("size", 1024)
+    elastic = replace(elastic, shift=training_shift(size))
     trainer = make_trainer(model, elastic, options.seed, teacher)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
@@ -257,7 +262,7 @@ def write_model(
         for part in model.iterdir():
             if part.is_dir() and part.name not in NOT_COPIED:
                 shutil.copytree(part, output / part.name, dirs_exist_ok=True)
-            elif part.is_file() and part.name != "config.json":
+            elif part.is_file() and part.name not in (*NOT_COPIED, "config.json"):
                 shutil.copy(part, output / part.name)
     except OSError as e:
         raise SnapGenError(f"cannot write {output}: {e.strerror or e}") from e

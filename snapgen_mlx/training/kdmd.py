@@ -211,6 +211,7 @@ class KDMDTrainer:
             mx.eval(student, critic, losses)
         if turn:
             metrics, grads = ({k: a / parts for k, a in d.items()} for d in student)
+            metrics = nn.average_gradients(metrics)
             metrics["grad/student"] = self.student.update(nn.average_gradients(grads))
         if self.critic:
             metrics |= by_tau(mx.concatenate(losses), noise["tau/critic"])

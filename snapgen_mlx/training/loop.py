@@ -15,8 +15,12 @@ from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
 from .checkpoint import load_state, save_state
 from .data import LatentDataset
+from .elastic import AdamOptions
 
 LOG = "log.jsonl"
+# Options that a run may go on with others of: they change nothing but, some, how sums round.
+NO_MATTER = ("minutes", "save_minutes", "log_every", "validate_every", "sample_every")
+NO_MATTER += ("accumulate", "checkpoint")
 
 
 @dataclass
@@ -53,13 +57,9 @@ def train(
     o, steps = options, trainer.options.steps
     run = Path(run)
     world = mx.distributed.init()
-    if o.batch % (world.size() * trainer.options.accumulate):
-        raise UsageError(
-            f"the batch of {o.batch} does not divide into {trainer.options.accumulate} parts on "
-            f"each of {world.size()} processes"
-        )
+    check_batch(o, trainer.options)
     settings = asdict(o) | asdict(trainer.options)
-    for name in ("minutes", "save_minutes", "log_every", "validate_every", "sample_every"):
+    for name in NO_MATTER:
         settings.pop(name)
     identity = {"options": settings, "data": data.fingerprint, **trainer.identity()}
     step, window = 0, []  # window: metrics since the last record
@@ -100,15 +100,15 @@ def train(
         stopped, over = mx.distributed.all_sum(mx.array([stop(), over], mx.int32)).tolist()
         done = step == steps
         last = bool(done or stopped or over)
-        due = done or step % o.log_every == 0
+        validate = bool(fixed) and step % o.validate_every == 0
+        due = done or validate or step % o.log_every == 0
         if due or last:
             record = {"step": step}
             for name in sorted({k for m in window for k in m}):
                 record[name] = float(np.mean([m[name] for m in window if name in m]))
             record["images/s"] = (step - mark) * o.batch / (now - since)
             record["peak GB"] = mx.get_peak_memory() / 1e9
-            validate = step % o.validate_every == 0 or (last and not stopped)
-            if fixed and validate:
+            if validate or (fixed and last and not stopped):
                 record |= trainer.validate(fixed)
         if due:
             window = []
@@ -125,10 +125,22 @@ def train(
             return
 
 
+def check_batch(options: RunOptions, adam: AdamOptions) -> None:
+    """Raises UsageError for a batch that does not divide into its parts."""
+    size = mx.distributed.init().size()
+    if options.batch % (size * adam.accumulate):
+        raise UsageError(
+            f"the batch of {options.batch} does not divide into {adam.accumulate} parts on each of "
+            f"{size} processes"
+        )
+
+
 def _check_identity(run, info: dict, identity: dict) -> None:
     """Raises SnapGenError that says in what a state differs from this run."""
     for name, now in identity.items():
         before = info.get(name)
+        if name == "options":
+            before = {k: before.get(k) for k in now}
         if before == now:
             continue
         what = {

@@ -25,7 +25,7 @@ class TrainingMemory:
 
     Args: config, of the supernet; size (H, W) of a latent; text_tokens, per picture; frozen,
         bytes of the weights that a LoRA trains beside; beside, bytes of what else is held, such
-        as a teacher.
+        as a teacher; trained, how many weights are, when it is neither all nor a LoRA's.
     """
 
     config: DiTConfig
@@ -33,6 +33,7 @@ class TrainingMemory:
     text_tokens: int
     frozen: int
     beside: int = 0
+    trained: int | None = None
 
     def state(self, options: ElasticOptions) -> int:
         """Bytes of float32 weights, Adam's two moments, the average; what is frozen or beside."""
@@ -47,9 +48,10 @@ class TrainingMemory:
         passes = []
         for i, dit in enumerate(empty_models(self.config)):  # never evaluated
             weights = sum(a.size for _, a in tree_flatten(dit.parameters()))
-            own = 0 if options.lora else weights * compute_dtype().size
+            frozen = options.lora or self.trained is not None
+            own = 0 if frozen else weights * compute_dtype().size
             if i < len(self.config.widths) - 1:  # a slice and its gradients
-                own += 0 if options.lora else 8 * weights
+                own += 0 if frozen else 8 * weights
             passes.append(own + part * self.activations(dit.config, options.checkpoint))
         return self.state(options) + gradients + max(*passes, int(UPDATE * trained))
 
@@ -69,6 +71,8 @@ class TrainingMemory:
         return int(compute_dtype().size * kept)
 
     def _trained(self, options: ElasticOptions) -> int:
+        if self.trained is not None:
+            return self.trained
         params = (
             lora_params(self.config, options.lora) if options.lora else random_supernet(self.config)
         )
