@@ -63,6 +63,7 @@ $(BIN)/pip:
 E := runs/embedded
 PYTHON_M = $(RUN) $(BIN)/python -m
 FINETUNE = $(RUN) $(BIN)/snapgen-mlx finetune --batch 32
+FURTHER = --learning-rate 8e-4 --warmup 50 --subnets all --no-adaptive
 DISTILL = $(RUN) $(BIN)/snapgen-mlx distill --method kdmd --loss kd --batch 16
 
 embedded: $(E)/model/few_step/tiny.safetensors $(E)/model/few_step/small.safetensors \
@@ -77,22 +78,26 @@ FEW_full = --lora 16 --learning-rate 5e-4 --steps 700
 FEW_small = --lora 24 --learning-rate 1e-3 --steps 1200
 FEW_tiny = $(FEW_small)
 .PRECIOUS: $(E)/few/%/lora.safetensors
-$(E)/few/%/lora.safetensors: $(E)/dit-further/config.json
+$(E)/few/%/lora.safetensors: $(E)/dit-last/config.json
 	rm -rf $(E)/few/$*-alone
-	$(BIN)/snapgen-mlx slice $(E)/dit-further $(E)/few/$*-alone --variant $*
-	$(DISTILL) $(E)/dit-further $(E)/core/train -o $(E)/few/$* --variant $* \
+	$(BIN)/snapgen-mlx slice $(E)/dit-last $(E)/few/$*-alone --variant $*
+	$(DISTILL) $(E)/dit-last $(E)/core/train -o $(E)/few/$* --variant $* \
 	  --teacher $(E)/few/$*-alone $(FEW_$*)
 
 $(E)/model/few_step/%.safetensors: $(E)/few/%/lora.safetensors
 	rm -rf $(E)/packed.* # measurements and tuning of another model
 	mkdir -p $(@D)
-	cd $(E)/dit-further && cp -R config.json text_encoder transformer vae ../model
+	cd $(E)/dit-last && cp -R config.json text_encoder transformer vae ../model
 	cp $< $@
 
-# First all concepts, then the plain ones alone, then these in all styles, and those further.
+# First all concepts, then the plain ones alone, then these in all styles, and those further, twice.
+$(E)/dit-last/config.json: $(E)/dit-further/config.json
+	$(FINETUNE) $(E)/dit-further $(E)/core/train -o $(E)/dit-last --validation $(E)/core/heldout \
+	  $(FURTHER) --steps 2500
+
 $(E)/dit-further/config.json: $(E)/dit-styles/config.json
 	$(FINETUNE) $(E)/dit-styles $(E)/core/train -o $(E)/dit-further --validation $(E)/core/heldout \
-	  --learning-rate 8e-4 --steps 2200 --warmup 50 --subnets all --no-adaptive
+	  $(FURTHER) --steps 2200
 
 $(E)/dit-styles/config.json: $(E)/dit-core/config.json $(E)/core/card.json
 	$(FINETUNE) $(E)/dit-core $(E)/core/train -o $(E)/dit-styles \
