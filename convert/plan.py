@@ -201,7 +201,7 @@ def plan(
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise SnapGenError(f"{component.config_file} does not describe {where}: {why}") from e
     used = _used(component, shapes, ema)
-    group = rules.groupprod(component.source_config) if _quantizes(rules, quantize) else None
+    group = rules.group_size(component.source_config) if _quantizes(rules, quantize) else None
     overrides = {}
     for key, (targets, _) in used.items():
         info = reader.infos[key]
