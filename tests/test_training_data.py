@@ -450,7 +450,7 @@ def test_latents_are_encoded_once(tmp_path):
     assert latents(caption="another")[1] == 0
     picture(data / "00.png", RED)
     changed, encoded = latents()
-    assert encoded == 32 and close((changed[0] + 1) * 127.5, RED)
+    assert encoded == 1 and close((changed[0] + 1) * 127.5, RED)
     # So do the encoder and the size.
     assert latents(key="another")[1] == 40
     assert latents(size=(8, 8))[0].shape == (40, 1, 1, 3)

@@ -18,7 +18,7 @@ from ..safetensors_io import TensorInfo, as_array, numpy_kind, read_header, writ
 from .pictures import Example, load_image
 
 BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
-ENCODE_BATCH = 32  # pictures in a file of latents; texts encoded at once
+ENCODE_BATCH = 32  # pictures, or texts, from one record to the next
 ENCODE_PIXELS = 32 * 128 * 128  # encoded at once: one picture of 1024²
 TEXTS = 256  # in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
@@ -69,10 +69,10 @@ def cached_latents(
 ) -> Iterator[dict]:
     """Latents of ``examples`` from the folder ``cache``, or encoded and, by process 0, kept there.
 
-    Each picture has the one of ``sizes`` that is nearest to its aspect. A file holds the latents
-    of a batch; its name follows from the pictures' contents, their size and ``key``, which stands
-    for the encoder's weights. Neither the time of files nor their names count. Yields a record
-    after each batch encoded; the generator's value is a list of arrays (H/8, W/8, C).
+    Each picture has the one of ``sizes`` that is nearest to its aspect, and a file, whose name
+    follows from the picture's contents, the size and ``key``, which stands for the encoder's
+    weights. Neither the time of files nor their names count. Yields a record after each batch
+    encoded; the generator's value is a list of arrays (H/8, W/8, C).
     """
     buckets = {}
     for i, example in enumerate(examples):
@@ -80,22 +80,25 @@ def cached_latents(
     out, done = [None] * len(examples), 0
     writes = mx.distributed.init().rank() == 0
     for size, rows in buckets.items():
-        for start in range(0, len(rows), ENCODE_BATCH):
-            batch = rows[start : start + ENCODE_BATCH]
-            done += len(batch)
-            chunk = [examples[i] for i in batch]
-            name = [LOADING, key, size, [e.digest for e in chunk], *(["mirror"] if mirror else [])]
-            path = cache / f"{_digest(name)}.npy"
+        paths, missing = {}, []
+        for i in rows:
+            name = [LOADING, key, size, examples[i].digest, *(["mirror"] if mirror else [])]
+            paths[i] = cache / f"{_digest(name)}.npy"
             try:
-                latents = np.load(path)
+                out[i] = np.load(paths[i])
             except (OSError, ValueError, EOFError):  # absent or damaged
-                latents = encode_images(load_vae(), [e.file for e in chunk], size, mirror=mirror)
-                if writes:
-                    with atomic_write(path) as tmp:
-                        np.save(tmp, latents)
-                yield {"encoded": done, "pictures": len(examples)}
-            for i, a in zip(batch, latents, strict=True):
+                missing.append(i)
+        done += len(rows) - len(missing)
+        for start in range(0, len(missing), ENCODE_BATCH):
+            batch = missing[start : start + ENCODE_BATCH]
+            files = [examples[i].file for i in batch]
+            for i, a in zip(batch, encode_images(load_vae(), files, size, mirror), strict=True):
                 out[i] = a
+                if writes:
+                    with atomic_write(paths[i]) as tmp:
+                        np.save(tmp, a)
+            done += len(batch)
+            yield {"encoded": done, "pictures": len(examples)}
     return out
 
 
