@@ -6,12 +6,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.quantization import tuning
 from snapgen_mlx.quantization.backends import backend_of
 from snapgen_mlx.quantization.quantize import quantize
 from snapgen_mlx.quantization.recipe import uniform
-from snapgen_mlx.quantization.tuning import TuningOptions, TuningTrainer, is_tuned, tune
+from snapgen_mlx.quantization.tuning import (
+    TuningOptions,
+    TuningTrainer,
+    fitting,
+    is_tuned,
+    tune,
+)
+from snapgen_mlx.training import memory as training_memory
 from snapgen_mlx.training.lora import attach_lora, lora_params
 from snapgen_mlx.weights import load_dit, load_infos, load_supernet, load_tensors
 
@@ -117,6 +125,22 @@ def test_the_loss_is_the_distance_to_the_float_model(model):
         assert parts["features"].item() < 1e-12
     noise, subnets = trainer.draw(np.random.default_rng(0), mx.random.key(0), x.shape)
     assert set(noise["t"].tolist()) <= {1.0, 0.5} and subnets == [0, 1]
+
+
+def test_a_batch_is_cut_where_memory_asks_for_it(model, monkeypatch):
+    _, params = load_supernet(model)
+    params = {k: a for k, a in params.items() if is_tuned(k)}
+    found = []
+    for usable in np.geomspace(1e8, 1e6, 150):
+        for module in (tuning, training_memory):
+            monkeypatch.setattr(module, "usable_memory", lambda n=usable: n)
+        try:
+            o = fitting(model, model, params, TuningOptions(), 16)
+        except UsageError as e:
+            assert "no setting of this model fits" in str(e)
+            break
+        found.append((o.accumulate, o.checkpoint))
+    assert list(dict.fromkeys(found)) == [(1, False), (1, True), (16, False)]
 
 
 def test_biases_of_layers_with_a_lora_beside_them_are_found(model):
