@@ -85,6 +85,8 @@ def quantize(
         bars[0].update(done - bars[0].n)
 
     def follow(record):
+        for bar in bars:
+            bar.close()
         if "step" in record:
             losses = [f"{k.split('/')[1]} {v:.2e}" for k, v in record.items() if k[:4] == "out/"]
             click.echo(f"tuning step {record['step']}/{tune}  {' '.join(losses)}")

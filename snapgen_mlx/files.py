@@ -1,8 +1,8 @@
 """Writing files and folders whole or not at all: a temporary name, fsync, then rename."""
 
-import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -10,10 +10,25 @@ from pathlib import Path
 
 from .errors import SnapGenError
 
+UNFINISHED = ".unfinished"  # ends the names of temporary folders
+
 
 def file_sha256(path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove the temporary folders of ``path`` whose processes are gone."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.\w{{8}}{re.escape(UNFINISHED)}")
+    for folder in path.parent.iterdir():
+        if match := name.fullmatch(folder.name):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:  # another user's
+                continue
 
 
 def _umask() -> int:
@@ -62,18 +77,17 @@ def atomic_folder(path):
     """Yield a temporary folder beside ``path`` that is renamed to ``path`` when whole.
 
     ``path`` must not exist (or be an empty folder). On any error nothing is left behind; what a
-    killed process left is removed. Raises SnapGenError when ``path`` holds something or cannot be
-    written.
+    process left that was killed on this machine is removed. Raises SnapGenError when ``path`` holds
+    something or cannot be written.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SnapGenError(f"{path} already exists and is not empty; choose another folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = {"prefix": f".{path.name}.", "suffix": ".unfinished"}
-        for left in path.parent.glob(f"{glob.escape(name['prefix'])}*{name['suffix']}"):
-            shutil.rmtree(left)
-        temporary = Path(tempfile.mkdtemp(**name, dir=path.parent))
+        _remove_unfinished(path)
+        prefix = f".{path.name}.{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
     except OSError as e:
         raise SnapGenError(f"cannot write {path}: {e.strerror}; choose another place") from e

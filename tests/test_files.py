@@ -102,9 +102,16 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     code = f"from snapgen_mlx.files import atomic_folder\nwith atomic_folder('x'): {kill}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path)
     assert len(names(tmp_path)) == 1
-    with atomic_folder(tmp_path / "x") as tmp:
+    with atomic_folder(tmp_path / "x.1") as other, atomic_folder(tmp_path / "x") as tmp:
         (tmp / "file").write_text("new")
-    assert names(tmp_path) == ["x"]
+        assert other.exists() and len(names(tmp_path)) == 2
+        with pytest.raises(SnapGenError), atomic_folder(tmp_path / "x") as second:
+            assert tmp.exists()
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "file").write_text("")
+            (second / "file").write_text("")
+        (tmp_path / "x" / "file").unlink()
+    assert names(tmp_path) == ["x", "x.1"]
 
 
 @pytest.mark.parametrize("write", [atomic_write, atomic_folder])

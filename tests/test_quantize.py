@@ -285,6 +285,8 @@ def test_density_gives_bits_where_they_help_the_latents():
 def test_modulation_and_final_layers_are_protected():
     banks = {f"time_embed.{i}.modulation" for i in range(3)}
     assert protected(SHAPES) == banks | {"final.proj"}
+    # The tiny encoder's 8 channels are no group.
+    assert "text_embed.static.proj" not in SHAPES
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -293,8 +295,6 @@ def test_layers_that_were_not_measured_get_8_bits(method):
     found = {k: {"full": {"nmse": nmse, "mse": nmse, "latents": 1.0}} for k in SHAPES}
     del found["mid.0.ffn.fc1"]
     assert design(CONFIG, SHAPES, found, 5, method).layers["mid.0.ffn.fc1"] == 8
-    # The tiny encoder's 8 channels are no group.
-    assert "text_embed.static.proj" not in SHAPES
 
 
 def test_layers_that_a_width_would_cut_through_stay_floats():
@@ -569,12 +569,18 @@ def test_damaged_palettes_are_one_line(quantized, tmp_path):
 
 def test_a_model_without_its_text_encoder(model, prompts, tmp_path):
     """Such as one of Gemma states, whose encoder is chosen when it draws."""
-    folder = tmp_path / "model"
+    folder, layer = tmp_path / "model", "text_embed.static.proj"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("text_encoder"))
+    config = dataclasses.replace(CONFIG, text_dims={"static": 32})
+    save_tensors(folder / "transformer", random_supernet(config))
+    write_json(folder / "transformer" / "config.json", config.to_dict())
     options = ["--method", "mse", "--prompts", prompts]
     result = run("quantize", folder, tmp_path / "x", *options)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "x.sensitivity.json").read_text())["layers"]
+    assert json.loads((tmp_path / "x" / "recipe.json").read_text())["layers"][layer] == 8
+    measurement = json.loads((tmp_path / "x.sensitivity.json").read_text())
+    found = measurement["layers"]
+    assert measurement["unused"] == [layer] and layer not in found
     assert not any("latents" in e for of_layer in found.values() for e in of_layer.values())
     result = run("quantize", model, tmp_path / "y", *options, "--recipe", "r.json")
     assert result.exit_code == 2 and "with --recipe nothing is measured" in result.output

@@ -36,7 +36,7 @@ from .recipe import (
     uniform,
 )
 from .sensitivity import cutter, has, measure, own_path
-from .tuning import TuningOptions, tune
+from .tuning import TuningOptions, forget, tune
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
@@ -44,6 +44,7 @@ OTHER_BITS = 8  # of palettes outside the recipe: convolutions, LoRAs, the autoe
 ENTRY, LAYER = 120, 200  # bytes at most: of a tensor in a file's header, of a layer in JSON files
 SEARCH = 7  # halvings of the range of bits for a given PSNR
 PICTURES = 4  # that both autoencoders decode
+CHECKED = 1 << 31  # seed of the noise to check with, which no picture learned from has
 
 
 def quantize(
@@ -89,9 +90,9 @@ def quantize(
     shapes = quantizable(config, form.group)
     budget = BITS if bits is None else bits
     # What cannot be met is refused before the long work.
-    if recipe is None:
+    if recipe is None and size is None and target is None:
         check_budget(shapes, budget, protected(shapes))
-    elif not isinstance(recipe, Recipe):
+    elif recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, config, shapes)
     with atomic_folder(dest) as tmp:
         others = _write_others(model, tmp, form)
@@ -124,7 +125,6 @@ def quantize(
             options = TuningOptions.of(average_bits(recipe.layers, shapes), tuning)
             for record in tune(model, tmp, prompts, run, options):
                 follow(record)
-            shutil.rmtree(run)
         written = verify(tmp, {**others, part.name: part})
         report = {
             "backend": form.name,
@@ -136,7 +136,10 @@ def quantize(
         }
         if size is not None and report["bytes"] > size:
             raise SnapGenError(f"{dest} came out at {format_bytes(report['bytes'])}, above --size")
-        return report | _compare(model, tmp, Calibration.of(model, prompts, seed=1))
+        report |= _compare(model, tmp, Calibration.of(model, prompts, seed=CHECKED))
+    if tuning:
+        forget(run)
+    return report
 
 
 def folder_bytes(folder: Path) -> int:

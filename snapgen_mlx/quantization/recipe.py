@@ -30,7 +30,8 @@ def quantizable(config: DiTConfig, group: int) -> dict[str, tuple[int, int]]:
 
 
 def protected(layers) -> set[str]:
-    """Modulation and the final layer, which never have less than 8 bits (training section 5)."""
+    """Modulation and the final layer, which never have less than 8 bits: errors there
+    add up over the steps."""
     return {k for k in layers if k.startswith("final.") or k.endswith(".modulation")}
 
 

@@ -51,21 +51,27 @@ def measure(
     layers = quantizable(config, backend.group)
     pipes = load_widths(model)
     found = _open(path, _key(model, pipes, backend, calibration))
-    done, saved = found["layers"], time.monotonic()
-    total = sum(has(layer, i) for layer in layers for i in range(len(config.widths)))
+    done, unused, saved = found["layers"], found.setdefault("unused", []), time.monotonic()
     wanted = {"mse", "latents"} if effect else {"mse"}
+
+    def lacking(layer: str, index: int) -> bool:
+        there = done.get(layer, {}).get(config.variants[index], {})
+        return layer not in unused and has(layer, index) and bool(wanted - there.keys())
+
+    todo = {i: [k for k in layers if lacking(k, i)] for i in range(len(config.widths))}
+    total = sum(has(k, i) for k in layers if k not in unused for i in todo)
+    ready = total - sum(map(len, todo.values()))
     try:
         for index, variant in enumerate(config.variants):
-            todo = [
-                k
-                for k in layers
-                if has(k, index) and wanted - done.get(k, {}).get(variant, {}).keys()
-            ]
-            args = (config, index, todo, backend, calibration, effect)
+            args = (config, index, todo[index], backend, calibration, effect)
             for layer, errors in _measure(pipes[index], *args):
-                done.setdefault(layer, {})[variant] = errors
+                if errors is None and layer not in unused:
+                    unused.append(layer)
+                elif errors is not None:
+                    done.setdefault(layer, {})[variant] = errors
+                ready += 1
                 if progress:
-                    progress(sum(map(len, done.values())), total)
+                    progress(ready, total)
                 if time.monotonic() > saved + SAVE_SECONDS:
                     write_json(path, found)
                     saved = time.monotonic()
@@ -81,7 +87,7 @@ def has(layer: str, index: int) -> bool:
 
 
 def _measure(pipe, config, index: int, layers: list[str], backend, calibration, effect: bool):
-    """Yield each layer that is used with its errors at one width."""
+    """Yield each layer with its errors at one width; with None where nothing goes through it."""
     if not layers:
         return
     tensors = load_tensors(pipe.folder / "transformer")
@@ -91,6 +97,7 @@ def _measure(pipe, config, index: int, layers: list[str], backend, calibration, 
     for layer in layers:
         weight = tensors.pop(f"{layer}.weight")  # left there, it would stay in memory
         if own_path(layer) not in inputs:
+            yield layer, None
             continue
         module, x = modules[own_path(layer)], inputs.pop(own_path(layer))
         cut = cutter(layer, config.widths[index])
@@ -154,7 +161,7 @@ def _key(model, pipes: list[Pipeline], backend: Backend, calibration: Calibratio
     """What a measurement depends on."""
     files = sorted(set(weight_files(Path(model) / "transformer").values()))
     files += [pipe.few_step for pipe in pipes if pipe.few_step]
-    digest = hashlib.sha256("".join(map(file_sha256, files)).encode())
+    digest = hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files))
     settings = [pipe.settings("any") for pipe in pipes]
     return {
         "transformer": digest.hexdigest(),

@@ -5,7 +5,9 @@ self-distillation, until velocities and final tokens of every width are the floa
 |v_q - v|² + |f_q - f|².
 """
 
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ..training.data import LatentDataset, cached_states
 from ..training.distill import TEXT_FOLDERS, velocity_and_tokens
 from ..training.elastic import ElasticOptions, ElasticTrainer
 from ..training.finetune import draw_prior, training_memory
-from ..training.loop import RunOptions, train
+from ..training.loop import LOG, RunOptions, train
 from ..weights import load_supernet, weight_files
 from .calibration import load_widths
 
@@ -61,7 +63,7 @@ class TuningTrainer(ElasticTrainer):
     def __init__(self, config, params, options, models, base="", *, teachers, sigmas):
         super().__init__(config, params, options, models, base)
         self.teachers, self.sigmas = teachers, mx.array(sigmas)
-        mx.eval([model.parameters() for model in teachers])
+        mx.eval([model.parameters() for model in (*models, *teachers)])
         wrapped = [
             {path for path, m in model.named_modules() if isinstance(m, LoRALinear)}
             for model in models
@@ -121,8 +123,8 @@ def tune(
 
 
 def drawn(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
-    """The data set of two of a width's own pictures of each of ``prompts``; yields as
-    ``finetune.draw_prior`` and ``data.cached_states``."""
+    """The data set of two pictures of each of ``prompts`` by the widest of ``model``; ``pipe`` has
+    its text encoders. Yields as ``finetune.draw_prior`` and ``data.cached_states``."""
     latents = yield from draw_prior(model, prompts * 2, cache)
     text = fingerprint(*(model / name for name in TEXT_FOLDERS))
     encoders = yield from cached_states(pipe.encoders, text, prompts, cache)
@@ -144,6 +146,15 @@ def fitting(
     if fit is None:
         memory.check(options, batch)
     return fit
+
+
+def forget(run: Path) -> None:
+    """Remove the state of a tuning that is done."""
+    shutil.rmtree(run / "cache", ignore_errors=True)
+    for file in (*run.glob("state-*"), run / LOG):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # something else is in it
+        run.rmdir()
 
 
 def replace_tensors(folder, arrays: dict[str, mx.array]) -> None:

@@ -37,7 +37,7 @@ def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> No
         write_tensors(tmp, shapes, arrays.items())
     with atomic_write(weights.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps({**info, "step": step, "sha256": file_sha256(weights)}))
-    # Later ones are damaged: the run went on from before them.
+    # Later ones could not be read: the run went on from before them.
     states = [path.stem for path in _states(folder) if path.stem <= weights.stem]
     for file in folder.glob("state-*"):
         if file.stem not in states[:KEEP]:
@@ -47,20 +47,26 @@ def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> No
 def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
     """Newest state that is whole, or None when there is none at all.
 
-    A state cut short on disk is passed over for the one before it, and removed then, lest it be
-    counted among the last two. Raises SnapGenError when states are there but none is whole.
+    A state cut short on disk is passed over for the one before it, and removed then (by process
+    0), lest it be counted among the last two. Raises SnapGenError when states are there but none is
+    whole.
     """
     states, damaged = _states(Path(folder)), []
     for path in states:
         weights = path.with_suffix(".safetensors")
         try:
             info = json.loads(path.read_text())
-            if info["sha256"] == file_sha256(weights) and path.stem == f"state-{info['step']:08d}":
+            whole = info["sha256"] == file_sha256(weights)
+            whole = whole and path.stem == f"state-{info['step']:08d}"
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            whole = False
+        except OSError:  # the disk's fault, perhaps for a moment
+            continue
+        if whole:
+            if mx.distributed.init().rank() == 0:
                 for other in damaged:
                     other.unlink(missing_ok=True)
-                return mx.load(str(weights)), info
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+            return mx.load(str(weights)), info
         damaged.append(path)
     if states:
         raise SnapGenError(

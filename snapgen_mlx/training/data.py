@@ -18,7 +18,7 @@ from ..safetensors_io import TensorInfo, as_array, numpy_kind, read_header, writ
 from .pictures import Example, load_image
 
 BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
-ENCODE_BATCH = 32  # pictures, or texts, from one record to the next
+ENCODE_BATCH = 32  # pictures from one record to the next; texts encoded at once
 ENCODE_PIXELS = 32 * 128 * 128  # encoded at once: one picture of 1024²
 TEXTS = 256  # in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels

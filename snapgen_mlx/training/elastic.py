@@ -169,9 +169,6 @@ class ElasticTrainer:
         self.config, self.options, self.base = config, options, base
         self.weights = Averaged(params, options)
         self.full = len(config.widths) - 1
-        if models:
-            # Or every compiled function would read, cut and expand them again in each step.
-            mx.eval([model.parameters() for model in models])
         self.models = models or empty_models(config)
         if options.checkpoint:
             for model in self.models:

@@ -82,6 +82,9 @@ def finetune(
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
     if teacher:
         sets = yield from teach(teacher, sets, output / "cache")
+    if elastic.lora:
+        # Or every compiled function would read, cut and expand them again in each step.
+        mx.eval([dit.parameters() for dit in trainer.models])
     report = None
     if mx.distributed.init().rank() == 0:
         captions = [e.captions[0] for e in parts[-1]]
@@ -148,21 +151,26 @@ def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
     2023, 4.2]). Yields a record after each drawn; the value is the list of arrays (h, w, C).
     """
     config = DiTConfig.from_dict(load_config(model / "transformer"))
-    pipe, out = Pipeline(model, config.variants[-1]), []
+    pipe = Pipeline(model, config.variants[-1], keep_encoders=False)
     key = fingerprint(model / "transformer", model / FEW_STEP)
+    out, missing = [None] * len(prompts), {}
     for i, prompt in enumerate(prompts):
         name = hashlib.sha256(json.dumps([key, prompt, i]).encode()).hexdigest()[:32]
         path = cache / f"prior-{name}.npy"
         try:
-            latent = np.load(path)
+            out[i] = np.load(path)
         except (OSError, ValueError, EOFError):  # absent or damaged
-            *_, last = pipe.stream(pipe.settings(prompt, seed=i))
-            latent = np.array(last.x.astype(mx.float32))[0]
-            if mx.distributed.init().rank() == 0:
-                with atomic_write(path) as tmp:
-                    np.save(tmp, latent)
-            yield {"drawn": i + 1, "prompts": len(prompts)}
-        out.append(latent)
+            missing[i] = path
+    jobs = {i: pipe.settings(prompts[i], seed=i) for i in missing}
+    if jobs:
+        pipe.prepare(list(jobs.values()))
+    for i, path in missing.items():
+        *_, last = pipe.stream(jobs[i])
+        out[i] = np.array(last.x.astype(mx.float32))[0]
+        if mx.distributed.init().rank() == 0:
+            with atomic_write(path) as tmp:
+                np.save(tmp, out[i])
+        yield {"drawn": i + 1, "prompts": len(prompts)}
     return out
 
 

@@ -214,7 +214,8 @@ class KDMDTrainer:
             metrics = nn.average_gradients(metrics)
             metrics["grad/student"] = self.student.update(nn.average_gradients(grads))
         if self.critic:
-            metrics |= by_tau(mx.concatenate(losses), noise["tau/critic"])
+            of_all = (mx.concatenate(losses), noise["tau/critic"])
+            metrics |= by_tau(*map(mx.distributed.all_gather, of_all))
             grads = {k: a / parts for k, a in critic.items()}
             metrics["grad/critic"] = self.critic.update(nn.average_gradients(grads))
         self.steps = self.steps + 1

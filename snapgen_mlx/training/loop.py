@@ -44,7 +44,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
     """Make the steps of ``trainer`` (an ``ElasticTrainer`` or one with its methods); yields a
-    record every ``log_every`` steps.
+    record every ``log_every`` steps, and of each validation.
 
     Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
     step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when

@@ -46,7 +46,7 @@ class Report:
             self.pipe.prepare(jobs)
         self.prompts = [job.prompt for job in jobs]
         self.pipe.free("encoders", "dit", "vae")
-        self.plotted = 0.0
+        self.plotted, self.step = 0.0, None
 
     def update(self, record: dict, trainer: ElasticTrainer) -> None:
         """Draw what is due after a record of ``loop.train``: samples wait for the next one."""
@@ -56,8 +56,11 @@ class Report:
         if due and can_plot():
             plot_losses(self.run / LOG, self.run / "loss.png")
             self.plotted = time.monotonic()
-        every = self.options.sample_every
-        if every and self.prompts and not last and step % every < self.options.log_every:
+        every, before = self.options.sample_every, self.step
+        self.step = step
+        if before is None:
+            before = max(0, step - self.options.log_every)
+        if every and self.prompts and not last and step // every > before // every:
             self._write(self._draw(trainer, trainer.weights.mean), f"step-{step:06d}.png")
 
     def picture_change(self, trainer: ElasticTrainer, before: dict) -> dict[str, float]:
