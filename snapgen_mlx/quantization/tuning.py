@@ -137,9 +137,9 @@ def fitting(
 ) -> TuningOptions:
     """``options``, with a batch in parts or checkpointing where memory asks for it. Raises
     UsageError where nothing fits."""
-    weights = training_memory(folder).frozen, training_memory(model).frozen
+    ours, theirs = training_memory(folder), training_memory(model)
     trained = sum(a.size for a in params.values())
-    memory = replace(training_memory(folder), beside=sum(weights), trained=trained)
+    memory = replace(ours, beside=ours.frozen + theirs.frozen, trained=trained)
     ways = [options, *(o for _, o in memory.alternatives(options, batch) if not o.lora)]
     usable = usable_memory()
     fit = next((o for o in ways if memory.peak(o, batch) <= usable), None)
