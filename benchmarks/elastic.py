@@ -1,10 +1,11 @@
 """Elastic against standalone training, in small (the paper's Table 1).
 
-    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400] [--arms elastic]
+    python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400] [--arms elastic] [--fine-tune]
 
 DATA is the folder that ``benchmarks.embedded.data`` writes; the embedded model's autoencoder and
-text encoder read it. Each arm trains a small transformer once per seed: all from the same
-weights, on the same batches, noise and timesteps, for the same number of steps.
+text encoder read it. Each arm trains a transformer once per seed: all from the same weights, on
+the same batches, noise and timesteps, for the same number of steps. It is a small one, from random
+weights; with --fine-tune it is the embedded model's own, from its weights as shipped.
 
 - ``elastic``: all widths in one run;
 - ``standalone-WIDTH``: one width as a model of its own, from its slice of the same weights;
@@ -32,11 +33,12 @@ from snapgen_mlx.models.elastic import random_supernet, slice_flat
 from snapgen_mlx.pipeline import load_text_encoders, load_vae, resolve_model
 from snapgen_mlx.training.data import LatentDataset, cached_latents
 from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
-from snapgen_mlx.training.loop import LOG, RunOptions, train
+from snapgen_mlx.training.finetune import float_supernet
+from snapgen_mlx.training.loop import LOG, RunOptions, fixed_batches, train
 from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.weights import write_json
 
-SIZE = (64, 64)  # pixels of a picture: half the embedded model's, at one latent position a token
+SIZE = 64  # pixels of a picture's side: half the embedded model's, at one latent position a token
 WIDTHS = ["tiny", "small", "full"]
 STANDALONE = [f"standalone-{name}" for name in WIDTHS]
 ELASTIC = {"elastic": {}, "unscaled": {"adaptive": False}, "undistilled": {"distill": 0.0}}
@@ -50,7 +52,7 @@ def geometry(hidden: int) -> DiTConfig:
     return DiTConfig(**sizes, **text, layers=[1, 2, 1], bna_blocks=4, patch_size=1)
 
 
-def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
+def read_data(data: Path, size: int, cache: Path) -> tuple[LatentDataset, LatentDataset]:
     """The pictures to train on and the held-out ones, as latents with captions."""
     model = resolve_model(None)
     encoders = load_text_encoders(model)
@@ -58,7 +60,7 @@ def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
 
     def read(part):
         examples = read_folder(data / part)
-        latents = yield from cached_latents(vae, "embedded", examples, [SIZE], cache)
+        latents = yield from cached_latents(vae, "embedded", examples, [(size, size)], cache)
         sets.append(LatentDataset(latents, [e.captions for e in examples], encoders))
 
     sets = []
@@ -68,9 +70,8 @@ def read_data(data: Path, cache: Path) -> tuple[LatentDataset, LatentDataset]:
     return sets[0], sets[1]
 
 
-def make_trainer(arm: str, seed: int, config: DiTConfig, options: dict) -> ElasticTrainer:
-    mx.random.seed(seed)
-    params = random_supernet(config)
+def make_trainer(arm: str, config: DiTConfig, params: dict, options: dict) -> ElasticTrainer:
+    """Of one arm, from the supernet ``params``."""
     if arm in STANDALONE:
         index = STANDALONE.index(arm)
         config, params = config.variant(index), slice_flat(params, config, index)
@@ -109,9 +110,9 @@ def seconds_per_step(trainers: dict[str, ElasticTrainer], data, batch: int) -> d
     return {arm: float(np.median(s[1:])) for arm, s in seconds.items()}
 
 
-def cost(config: DiTConfig, options: dict, data: LatentDataset, batch: int) -> dict:
+def cost(config: DiTConfig, params: dict, options: dict, data: LatentDataset, batch: int) -> dict:
     """Bytes of weights and optimizer state, and seconds per step, of elastic and standalone."""
-    trainers = {a: make_trainer(a, 0, config, options) for a in ["elastic", *STANDALONE]}
+    trainers = {a: make_trainer(a, config, params, options) for a in ["elastic", *STANDALONE]}
     size = {arm: state_bytes(trainer) for arm, trainer in trainers.items()}
     return {"bytes": size, "seconds": seconds_per_step(trainers, data, batch)}
 
@@ -130,11 +131,13 @@ def cost_lines(size: dict, seconds: dict) -> list[str]:
     ]
 
 
-def table(losses: dict[str, list[dict]]) -> list[str]:
+def table(losses: dict[str, list[dict]], before: dict[str, float]) -> list[str]:
     """Rows of validation losses by arm: mean ± standard deviation over seeds, and the mean
-    difference from the standalone run of the same seed."""
+    difference from the standalone run of the same seed; ``before``, those of trained weights."""
     alone = {name: np.array([r[name] for r in losses[f"standalone-{name}"]]) for name in WIDTHS}
     rows = [["", *WIDTHS]]
+    if before:
+        rows.append(["before", *(f"{before[name]:.4f}" for name in WIDTHS)])
     rows.append(["standalone", *(f"{a.mean():.4f} ± {a.std():.4f}" for a in alone.values())])
     for arm in [arm for arm in ELASTIC if arm in losses]:
         row = [arm]
@@ -157,34 +160,49 @@ def main():
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=96, help="channels, a multiple of 32")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, help="3e-3, or 5e-4 with --fine-tune")
     parser.add_argument("--arms", nargs="+", choices=ELASTIC, default=list(ELASTIC))
+    parser.add_argument("--fine-tune", action="store_true", help="from the embedded model")
     args = parser.parse_args()
 
-    config = geometry(args.hidden)
-    options = {"learning_rate": args.learning_rate, "steps": args.steps}
+    if args.fine_tune:
+        size, rate = 2 * SIZE, 5e-4
+        config, params = float_supernet(resolve_model(None))
+    else:
+        size, rate = SIZE, 3e-3
+        config = geometry(args.hidden)
+    options = {"learning_rate": args.learning_rate or rate, "steps": args.steps}
     options["warmup"] = min(100, args.steps // 10)
-    data, held_out = read_data(args.data, args.out / "cache")
+    data, held_out = read_data(args.data, size, args.out / "cache")
     losses = {arm: [] for arm in [*STANDALONE, *args.arms]}
     for seed in range(args.seeds):
+        if not args.fine_tune:
+            mx.random.seed(seed)
+            params = random_supernet(config)
         for arm in losses:
             run = args.out / f"{arm}-{seed}"
-            trainer = make_trainer(arm, seed, config, options)
+            trainer = make_trainer(arm, config, params, options)
             each = dict(log_every=max(args.steps // 10, 1), validate_every=args.steps)
             of_run = RunOptions(batch=args.batch, seed=seed, **each)
             for record in train(trainer, data, run, of_run, held_out):
                 print(arm, seed, f"step {record['step']}", flush=True)
             losses[arm].append(validation_losses(run))
 
+    before = {}
+    if args.fine_tune:
+        trainer = make_trainer("elastic", config, params, options)
+        found = trainer.validate(list(fixed_batches(held_out, args.batch)))
+        before = {k.removeprefix("val/"): v for k, v in found.items()}
     costs = args.out / "cost.json"
     if not costs.exists():
-        write_json(costs, cost(config, options, data, args.batch))
+        write_json(costs, cost(config, params, options, data, args.batch))
     costs = json.loads(costs.read_text())
-    lines = [*table(losses), "", *cost_lines(costs["bytes"], costs["seconds"])]
+    lines = [*table(losses, before), "", *cost_lines(costs["bytes"], costs["seconds"])]
     print("\n".join(lines))
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     of = {k: str(v) for k, v in vars(args).items()}
-    write_json(args.out / "results.json", {"machine": machine, **of, "losses": losses, **costs})
+    results = {"machine": machine, **of, "before": before, "losses": losses, **costs}
+    write_json(args.out / "results.json", results)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ def write_data(folder):
     return folder
 
 
-def run(monkeypatch, capsys, data, out):
+def run(monkeypatch, capsys, data, out, *options):
+    monkeypatch.setattr(elastic, "ROUNDS", 1)
     sizes = ["--seeds", "2", "--steps", "2", "--batch", "2", "--hidden", "32"]
-    monkeypatch.setattr(sys, "argv", ["elastic", str(data), str(out), *sizes])
+    monkeypatch.setattr(sys, "argv", ["elastic", str(data), str(out), *sizes, *options])
     elastic.main()
     return capsys.readouterr().out, json.loads((out / "results.json").read_text())
 
 
 def test_comparison_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(elastic, "ROUNDS", 1)
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     log, first = run(monkeypatch, capsys, data, out)
     arms = [*elastic.STANDALONE, *elastic.ELASTIC]
@@ -52,16 +52,31 @@ def test_comparison_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     assert changed == {"unscaled-1"}
 
 
+def test_fine_tuning_starts_from_trained_weights(tmp_path, monkeypatch, capsys):
+    config = elastic.geometry(32)
+    trained = {k: a * 0 for k, a in elastic.random_supernet(config).items()}
+    monkeypatch.setattr(elastic, "float_supernet", lambda model: (config, trained))
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    options = ["--fine-tune", "--arms", "elastic", "--learning-rate", "1e-9"]
+    log, results = run(monkeypatch, capsys, data, out, *options)
+    assert "| before | " in log
+    for name, before in results["before"].items():
+        assert before > 1  # of velocities, where nothing is predicted
+        for arm in ("elastic", f"standalone-{name}"):
+            assert [losses[name] for losses in results["losses"][arm]] == pytest.approx(
+                [before] * 2
+            )
+
+
 def test_arms_of_a_seed_start_alike():
     config = elastic.geometry(32)
-    supernet = elastic.make_trainer("elastic", 0, config, {}).weights.params
-    width = elastic.make_trainer("standalone-tiny", 0, config, {}).weights.params
+    params = elastic.random_supernet(config)
+    supernet = elastic.make_trainer("elastic", config, params, {}).weights.params
+    width = elastic.make_trainer("standalone-tiny", config, params, {}).weights.params
     own = width["mid.0.ffn.fc1.weight"]
     assert own.shape == (36, 12)
     assert (supernet["mid.0.ffn.fc1.weight"][:36, :12] == own).all()
     assert (supernet["time_embed.0.fc1.weight"] == width["time_embed.0.fc1.weight"]).all()
-    other = elastic.make_trainer("standalone-tiny", 1, config, {}).weights.params
-    assert not (other["mid.0.ffn.fc1.weight"] == own).all()
 
 
 def test_table_and_cost():
@@ -72,7 +87,9 @@ def test_table_and_cost():
     ]
     for name in elastic.WIDTHS:
         losses[f"standalone-{name}"] = [{name: 1.0}, {name: 2.0}]
-    rows = elastic.table(losses)
+    assert "before" not in str(elastic.table(losses, {}))
+    rows = elastic.table(losses, dict(zip(elastic.WIDTHS, (3.0, 4.0, 5.0), strict=True)))
+    assert rows.pop(2) == "| before | 3.0000 | 4.0000 | 5.0000 |"
     assert rows[2].startswith("| standalone | 1.5000 ± 0.5000 |")
     assert "1.5350 ± 0.5250 (+2.00 ± 1.00 %)" in rows[3]
     assert rows[3].endswith("1.4900 ± 0.4900 (-0.50 ± 0.50 %) |")
@@ -87,7 +104,7 @@ def test_table_and_cost():
 @pytest.mark.parametrize("arm", ["elastic", "standalone-small"])
 def test_bytes_are_those_of_weights_and_two_moments(arm):
     config = elastic.geometry(32)
-    trainer = elastic.make_trainer(arm, 0, config, {})
+    trainer = elastic.make_trainer(arm, config, elastic.random_supernet(config), {})
     floats = sum(a.size for a in trainer.weights.params.values())
     counters = 8 + 4  # the optimizer's step and learning rate
     assert elastic.state_bytes(trainer) == 3 * 4 * floats + counters

@@ -1,13 +1,9 @@
 """Distillation: losses, teachers and steps against independent implementations; runs; commands."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -57,7 +53,6 @@ from .toy_distill import (
     updates,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 
 
@@ -541,30 +536,43 @@ def reference(tmp_path_factory):
     return run
 
 
-def test_killed_and_resumed(tmp_path, reference):
+def log(run) -> list[dict]:
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("images/s", "peak GB")}
+        for line in (run / "log.jsonl").read_text().splitlines()
+    ]
+
+
+def test_killed_and_resumed(start, tmp_path, reference):
     """Kills at any moment; log and state as of a run without."""
-    command = [sys.executable, "-m", "tests.toy_distill", tmp_path, str(STEPS), "0.0005"]
-    environment = os.environ | {"MLX_DISABLE_COMPILE": "1"}
     killed = 0
     for wait in (0.0, 0.3):
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, env=environment, cwd=ROOT
-        ) as process:
-            process.stdout.readline()
-            time.sleep(wait)
-            process.kill()
+        process = start("-m", "tests.toy_distill", tmp_path, STEPS, 0.0005)
+        process.stdout.readline()
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
         killed += process.returncode == -signal.SIGKILL
     assert killed
     assert list(toy_kdmd_run(tmp_path, STEPS))[-1]["done"]
-    logs = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("images/s", "peak GB")}
-            for line in (run / "log.jsonl").read_text().splitlines()
-        ]
-        for run in (tmp_path, reference)
-    ]
-    assert logs[0] == logs[1]
+    assert log(tmp_path) == log(reference)
     assert same(load_state(tmp_path)[0], load_state(reference)[0])
+
+
+def test_two_processes_are_one(start_two, tmp_path, reference):
+    """Student and critic have the gradients of the whole batch; the first process writes."""
+    processes = start_two("-m", "tests.toy_distill", "run", STEPS, 1)
+    errors = [process.communicate(timeout=500)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert not (tmp_path / "1" / "run").exists()
+    two, one = tmp_path / "0" / "run", reference
+    for a, b in zip(log(two), log(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3), a["step"]
+    (a, _), (b, _) = load_state(two), load_state(one)
+    moved = {k for k in b if k.startswith(("student/params/", "critic/params/"))}
+    apart = sum((a[k] - b[k]).square().sum().item() for k in moved) ** 0.5
+    start = toy_kdmd(steps=STEPS).state()
+    assert apart < 0.02 * sum((b[k] - start[k]).square().sum().item() for k in moved) ** 0.5
 
 
 def test_resuming_with_another_teacher(reference):

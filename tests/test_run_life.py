@@ -6,11 +6,7 @@ import random
 import resource
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -29,8 +25,6 @@ from snapgen_mlx.weights import load_config, load_tensors, save_tensors
 from .tiny import write_tiny_model
 from .toy import toy_config, toy_data, toy_options, toy_run, toy_trainer
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
 STEPS = 21
 COMMAND = ("-c", "from snapgen_mlx.cli.main import main; main()")
 MEASURED = ("images/s", "peak GB", "done", "stopped")
@@ -42,29 +36,6 @@ def uncompiled():
     mx.disable_compile()
     yield
     mx.enable_compile()
-
-
-@pytest.fixture
-def start():
-    """Start Python with these arguments; what still runs after the test is killed."""
-    processes = []
-
-    def start(*args, cwd=None, **environment):
-        process = subprocess.Popen(
-            [sys.executable, "-u", *map(str, args)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-            env=ENVIRONMENT | environment,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def losses(record: dict) -> dict:
@@ -548,26 +519,9 @@ def test_durations():
 # Two processes
 
 
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def test_two_processes_are_one(start, material, tmp_path):
+def test_two_processes_are_one(start_two, material, tmp_path):
     """Averaged gradients give the losses of one process; only the first writes and speaks."""
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    processes = []
-    for rank in (0, 1):
-        (tmp_path / str(rank)).mkdir()
-        args = arguments(material, "out", steps=6)
-        environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-        processes.append(start(*COMMAND, *args, cwd=tmp_path / str(rank), **environment))
+    processes = start_two(*COMMAND, *arguments(material, "out", steps=6))
     results = [p.communicate(timeout=500) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], results
     assert results[0][0].endswith("wrote out\n") and results[1][0] == ""
@@ -588,18 +542,10 @@ def test_two_processes_are_one(start, material, tmp_path):
     assert apart < 0.02 * moved
 
 
-def test_processes_that_start_from_different_states(start, tmp_path):
+def test_processes_that_start_from_different_states(start_two, tmp_path):
     """As on two machines that do not share the run's folder."""
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     list(toy_run(tmp_path / "0" / "run", STEPS, minutes=1e-9))
-    processes = []
-    for rank in (0, 1):
-        (tmp_path / str(rank)).mkdir(exist_ok=True)
-        environment = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-        command = ["-m", "tests.toy", "run", STEPS, 1]
-        processes.append(start(*command, cwd=tmp_path / str(rank), **environment))
-    for process in processes:
+    for process in start_two("-m", "tests.toy", "run", STEPS, 1):
         _, err = process.communicate(timeout=500)
         assert process.returncode and "the processes have different data, options" in err
     assert names(tmp_path / "1") == []

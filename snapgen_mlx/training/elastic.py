@@ -75,6 +75,11 @@ def add(a: dict, b: dict) -> dict:
     return {k: x + b[k] for k, x in a.items()}
 
 
+def averaged(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Means over processes; of a flat dictionary, whose dotted keys MLX would take for a tree."""
+    return dict(zip(arrays, nn.average_gradients(list(arrays.values())), strict=True))
+
+
 def shared(params: dict) -> dict:
     """The parameters that widths share (all but the banks)."""
     return {k: a for k, a in params.items() if bank_index(k) is None}
@@ -243,8 +248,7 @@ class ElasticTrainer:
         if len(parts) > 1:
             total = ({k: a / len(parts) for k, a in d.items()} for d in total)
         losses, grads = total
-        arrays = iter(nn.average_gradients([*losses.values(), *grads.values()]))
-        return {k: next(arrays) for k in losses}, {k: next(arrays) for k in grads}, velocities
+        return averaged(losses), averaged(grads), velocities
 
     def _merge(self, index, grads, sub, ratio):
         """Adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|), clipped."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
@@ -25,7 +24,7 @@ from .distill import (
     velocity_and_tokens,
     without_projectors,
 )
-from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise
+from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise, averaged
 from .lora import lora_params
 
 SHIFT = FEW_STEPS["shift"]
@@ -144,7 +143,7 @@ class KDMDTrainer:
             v, tokens = velocity_and_tokens(self.bind(own), x_t, t, text, masks)
             x0 = x_t - t.reshape(shape) * v
             y = mx.stop_gradient(x0)
-            metrics = {"x0 mean": y.mean(), "x0 std": mx.std(y)}
+            metrics = {"x0 mean": y.mean(), "x0 std": mx.std(y, axis=(1, 2, 3)).mean()}
             if o.loss != "kd":
                 tau = noise["tau"]
                 x_tau, _ = add_noise(y, noise["eps"], tau)
@@ -211,13 +210,13 @@ class KDMDTrainer:
             mx.eval(student, critic, losses)
         if turn:
             metrics, grads = ({k: a / parts for k, a in d.items()} for d in student)
-            metrics = nn.average_gradients(metrics)
-            metrics["grad/student"] = self.student.update(nn.average_gradients(grads))
+            metrics = averaged(metrics)
+            metrics["grad/student"] = self.student.update(averaged(grads))
         if self.critic:
             of_all = (mx.concatenate(losses), noise["tau/critic"])
             metrics |= by_tau(*map(mx.distributed.all_gather, of_all))
             grads = {k: a / parts for k, a in critic.items()}
-            metrics["grad/critic"] = self.critic.update(nn.average_gradients(grads))
+            metrics["grad/critic"] = self.critic.update(averaged(grads))
         self.steps = self.steps + 1
         mx.eval(self.state(), metrics)
         return metrics
