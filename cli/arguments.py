@@ -1,5 +1,6 @@
 """What commands share: a model that may be left out, and pictures with captions."""
 
+import math
 from pathlib import Path
 
 import click
@@ -16,6 +17,14 @@ def optional_model(ctx, param, values: tuple[str, ...]) -> str | None:
 
 
 model_argument = click.argument("model", nargs=-1, callback=optional_model, metavar="[MODEL]")
+
+
+class Number(click.FloatRange):
+    """A float in a range; none is infinite, or no number, which a range lets through."""
+
+    def convert(self, value, param, ctx):
+        value = super().convert(value, param, ctx)
+        return value if math.isfinite(value) else self.fail(f"{value} is no finite number.")
 
 
 explain_option = click.option(
@@ -35,7 +44,7 @@ def data_options(command):
 
 def training_options(command):
     """Options of every training's run, for ``RunOptions`` and ``AdamOptions``, and --resume."""
-    positive = click.FloatRange(0, min_open=True)
+    positive = Number(0, min_open=True)
     options = [
         click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
         click.option("--minutes", type=positive, help="Stop after this long."),
@@ -56,6 +65,13 @@ def training_options(command):
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def speaker():
+    """``click.echo`` on the first of a training's processes, silence on the others."""
+    import mlx.core as mx
+
+    return click.echo if mx.distributed.init().rank() == 0 else lambda *_, **__: None
 
 
 def check_resume(output, resume: bool) -> None:

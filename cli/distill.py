@@ -4,11 +4,13 @@ import click
 from click.core import ParameterSource
 
 from .arguments import (
+    Number,
     check_resume,
     data_options,
     explain_option,
     model_argument,
     read_pictures,
+    speaker,
     training_options,
 )
 from .finetune import explanation, follow
@@ -33,7 +35,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 @training_options
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     help="[default: 1e-4 for kd, 5e-5 for kdmd]",
 )
 @click.option(
@@ -79,7 +81,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 )
 @click.option(
     "--guidance",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=4.0,
     show_default=True,
     help="kdmd: of the teacher.",
@@ -121,8 +123,6 @@ def distill(
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
-    import mlx.core as mx
-
     from snapgen_mlx.pipeline import resolve_model
     from snapgen_mlx.training.distill import KDOptions, load_teacher
     from snapgen_mlx.training.few_steps import distill_few_steps, few_steps_memory
@@ -131,10 +131,7 @@ def distill(
     from snapgen_mlx.training.loop import RunOptions
     from snapgen_mlx.weights import load_dit
 
-    def echo(line, **where):
-        if mx.distributed.init().rank() == 0:
-            click.echo(line, **where)
-
+    echo = speaker()
     Options = KDOptions if method == "kd" else KDMDOptions
     fields = Options.__dataclass_fields__
     options = {k: v for k, v in options.items() if k in fields and v is not None}
@@ -153,7 +150,7 @@ def distill(
             memory = training_memory(source, taught.nbytes)
         else:
             memory = few_steps_memory(source, load_dit(source, variant), taught, options.lora)
-        echo(explanation(memory, options, batch))
+        echo(explanation(memory, options, run))
         return
 
     def start(stop):

@@ -11,7 +11,9 @@ from .arguments import data_options, encoded, model_argument, read_pictures
 @model_argument
 @click.argument("data", type=click.Path(file_okay=False))
 @data_options
-@click.option("--variants", metavar="A,B", help="Widths to measure, such as tiny,full; or all.")
+@click.option(
+    "--variants", metavar="A,B", help="Widths to measure, such as tiny,full  [default: all]."
+)
 @click.option("--steps", type=int, help="Denoising steps (default: the model's).")
 @click.option("--guidance", type=float, help="Classifier-free guidance (default: the model's).")
 @click.option(
@@ -35,7 +37,7 @@ def eval(model, data, caption, skip_bad, variants, steps, guidance, count, path)
     from snapgen_mlx.evaluation import evaluate
     from snapgen_mlx.files import atomic_write
 
-    names = variants.split(",") if variants else None
+    names = [name.strip() for name in variants.split(",")] if variants else None
     examples = read_pictures(data, caption, skip_bad)
     for record in evaluate(model, examples, names, steps, guidance, count):
         if "encoded" in record:

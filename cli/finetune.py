@@ -6,16 +6,19 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import click
 
 from .arguments import (
+    Number,
     check_resume,
     data_options,
     encoded,
     explain_option,
     model_argument,
     read_pictures,
+    speaker,
     training_options,
 )
 
@@ -32,12 +35,12 @@ from .arguments import (
 @click.option("--flip", is_flag=True, help="Mirror pictures at random.")
 @click.option(
     "--prior",
-    type=click.File(encoding="utf-8"),
+    type=click.Path(exists=True, dir_okay=False),
     help="Prompts, one a line, whose pictures by MODEL are learned too: it forgets less.",
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=1e-4,
     show_default=True,
 )
@@ -95,8 +98,6 @@ def finetune(
     if full and elastic["lora"]:
         raise click.UsageError("--full and --lora exclude each other")
     check_resume(output, resume)
-    import mlx.core as mx
-
     from snapgen_mlx.pipeline import resolve_model
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
@@ -104,19 +105,14 @@ def finetune(
     from snapgen_mlx.training.loop import RunOptions
     from snapgen_mlx.training.report import can_plot
 
-    speaks = mx.distributed.init().rank() == 0
-
-    def echo(line, **where):
-        if speaks:
-            click.echo(line, **where)
-
+    echo = speaker()
     elastic = ElasticOptions(**elastic)
-    if explain:
-        echo(explanation(training_memory(resolve_model(model)), elastic, batch))
-        return
     options = RunOptions(
         batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
     )
+    if explain:
+        echo(explanation(training_memory(resolve_model(model)), elastic, options))
+        return
     if not can_plot():
         echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
 
@@ -124,17 +120,29 @@ def finetune(
         folders = [folder for folder in (data, validation) if folder]
         sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
         source = resolve_model(model)
-        prompts = [line.strip() for line in prior if line.strip()] if prior else None
-        more = dict(flip=flip, prior=prompts, stop=stop)
+        more = dict(flip=flip, prior=prior and read_prompts(prior), stop=stop)
         return run(source, sets[0], output, options, elastic, *sets[1:], **more)
 
     follow(start, elastic.steps, options, echo)
     echo(f"wrote {output}")
 
 
+def read_prompts(path) -> list[str]:
+    """The lines of a text file that hold something."""
+    from snapgen_mlx.errors import UsageError
+
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read the prompts in {path}: {e}") from e
+    return [line.strip() for line in lines if line.strip()]
+
+
 def follow(start, steps: int, options, echo) -> None:
     """Print the records of a training, which ``start`` gives when it is told how to ask whether to
     stop. Exits as signals do when it was stopped."""
+    from snapgen_mlx.errors import SnapGenError
+
     started, context = None, click.get_current_context()
     with awake(), Stop() as stop:
         try:
@@ -148,8 +156,15 @@ def follow(start, steps: int, options, echo) -> None:
                 else:
                     echo(changes(record))
         except KeyboardInterrupt:
-            echo("stopped; the same command goes on from the last saved state", err=True)
+            echo("stopped; the same command goes on from what is saved", err=True)
             context.exit(128 + stop.signal)
+        except RuntimeError as e:
+            if "[ring]" not in str(e):
+                raise
+            raise SnapGenError(
+                "another process of this training ended or cannot be reached; start all again, "
+                "and they go on from the last saved state"
+            ) from e
     if not last["done"]:
         echo(
             f"stopped after step {last['step']} of {steps}; the same command goes on from there",
@@ -159,11 +174,16 @@ def follow(start, steps: int, options, echo) -> None:
         context.exit(128 + (stop.signal or signal.SIGINT))
 
 
-def explanation(memory, options, batch: int) -> str:
-    """The peak that ``memory`` predicts of this training, and of the same with less memory."""
-    from snapgen_mlx.memory import format_bytes, usable_memory
+def explanation(memory, options, run) -> str:
+    """The peak that ``memory`` predicts of this training, and of the same with less memory, in
+    each process."""
+    import mlx.core as mx
 
-    usable = usable_memory()
+    from snapgen_mlx.memory import format_bytes, usable_memory
+    from snapgen_mlx.training.loop import check_batch
+
+    check_batch(run, options)
+    batch, usable = run.batch // mx.distributed.init().size(), usable_memory()
     lines = [("as asked", options), *memory.alternatives(options, batch)]
     width = max(len(flags) for flags, _ in lines)
     out = [f"training in batches of {batch}, {format_bytes(usable)} can be used here (predicted)"]

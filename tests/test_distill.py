@@ -664,7 +664,11 @@ def test_a_flipped_sign_is_caught(tmp_path, trained, monkeypatch):
 def test_a_collapse_is_caught(tmp_path):
     """All seeds of a caption draw the same."""
     trainer = toy_kdmd(Watch(ToyVAE(), tmp_path))
-    trainer.generate = lambda noise, text, masks: mx.broadcast_to(noise[:1], noise.shape)
+
+    def generate(noise, text, masks, lora=None):
+        return noise if lora else mx.broadcast_to(noise[:1], noise.shape)
+
+    trainer.generate = generate
     with pytest.raises(
         SnapGenError, match="the pictures collapse: the seeds of a caption differ 0 "
     ):
@@ -681,9 +685,21 @@ def test_a_collapse_is_caught(tmp_path):
 )
 def test_what_counts_as_failed(monitor, value, what):
     sound = dict.fromkeys(("std", "colour", "spread", "error"), 1.0)
-    watch.check(sound)
+    watch.check(sound, sound)
+    bad = sound | {monitor: value}
     with pytest.raises(SnapGenError, match=f"the pictures {what}"):
-        watch.check(sound | {monitor: value})
+        watch.check(bad, sound)
+    watch.check(bad, bad)  # as the run began
+    with pytest.raises(SnapGenError, match="the pictures "):
+        watch.check(sound | {monitor: float("nan")}, sound)
+
+
+def test_a_run_may_begin_beyond_the_limits(tmp_path):
+    """A base whose unguided pictures are far more saturated than its guided ones."""
+    trainer = toy_kdmd(Watch(ToyVAE(), tmp_path))
+    drawn = trainer.generate
+    trainer.generate = lambda *args, lora=None: 5 * drawn(*args, lora)
+    assert watched(trainer)["val/std"] > 2 * watch.MOST_STD
 
 
 # Commands
@@ -779,7 +795,8 @@ def test_the_same_command_goes_on(material, tmp_path):
     """Out of time before the student's first update, then run to its end: as if at once."""
     options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "lora": 2}
     result = invoke(material, tmp_path / "a", **options, minutes=1e-9)
-    assert result.exit_code == 1 and "1 steps changed no weight" in result.stderr
+    assert result.exit_code == 1 and "no weight had changed after step 1" in result.stderr
+    assert result.stderr.endswith("the same command goes on from there\n")
     assert load_state(tmp_path / "a" / "run")[1]["step"] == 1
     for name in "ab":
         assert invoke(material, tmp_path / name, **options).exit_code == 0
@@ -793,7 +810,8 @@ def test_requests_that_cannot_be_met(material, tmp_path):
         ({"method": "kdmd", "subnets": "all"}, 2, "--subnets is not for --method kdmd"),
         ({"method": "kdmd", "loss": "dmd", "variant": "huge"}, 2, "no variant 'huge'"),
         ({"method": "kdmd", "teacher": tmp_path / "none"}, 1, "no such file or folder"),
-        ({"method": "kd", "batch": 3, "accumulate": 2}, 2, "does not divide into 2 parts"),
+        ({"method": "kd", "batch": 3, "accumulate": 2}, 2, "does not divide into 2 parts\n"),
+        ({"method": "kdmd", "guidance": "nan"}, 2, "nan is no finite number"),
     ):
         result = invoke(material, output, **options)
         assert result.exit_code == code and message in result.stderr, result.output

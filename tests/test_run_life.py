@@ -411,7 +411,7 @@ def test_ctrl_c_before_the_first_step_stops_at_once(material, tmp_path, monkeypa
     handler = signal.getsignal(signal.SIGINT)
     result = invoke(*arguments(material, tmp_path / "out"))
     assert result.exit_code == 130
-    assert result.stderr.endswith("stopped; the same command goes on from the last saved state\n")
+    assert result.stderr.endswith("stopped; the same command goes on from what is saved\n")
     assert signal.getsignal(signal.SIGINT) == handler
 
 
@@ -440,8 +440,32 @@ def one_error(result, code=1):
 def test_training_that_changes_nothing(material, tmp_path):
     """The first step has the learning rate 0."""
     result = invoke(*arguments(material, tmp_path, steps=1))
-    assert "1 steps changed no weight, so nothing was written" in one_error(result)
+    line = one_error(result)
+    assert "no weight had changed after step 1, so nothing was written; train into another" in line
     assert names(tmp_path) == ["cache", "run"]
+
+
+def test_a_lora_that_is_there_is_kept(material, tmp_path):
+    (tmp_path / "lora.safetensors").write_text("mine")
+    line = one_error(invoke(*arguments(material, tmp_path, lora=2)), 2)
+    assert line.endswith("holds another LoRA; choose another folder")
+    assert (tmp_path / "lora.safetensors").read_text() == "mine"
+
+
+def test_prompts_that_are_no_text(material, tmp_path):
+    prior = tmp_path / "prior.txt"
+    prior.write_bytes(b"\xff\xfe")
+    line = one_error(invoke(*arguments(material, tmp_path / "out", prior=prior)), 2)
+    assert f"cannot read the prompts in {prior}" in line
+
+
+def test_two_runs_in_a_folder_exclude_each_other(tmp_path):
+    first = toy_run(tmp_path, STEPS)
+    next(first)
+    with pytest.raises(SnapGenError, match="another process is training in"):
+        next(toy_run(tmp_path, STEPS))
+    first.close()
+    next(toy_run(tmp_path, STEPS))
 
 
 def test_bad_requests(material, finished, tmp_path):
@@ -542,6 +566,18 @@ def test_two_processes_are_one(start_two, material, tmp_path):
     assert apart < 0.02 * moved
 
 
+def test_a_process_that_is_gone(material, tmp_path, monkeypatch):
+    """What MLX raises then, where it does not wait for ever."""
+    import snapgen_mlx.training.finetune as module
+
+    def lost(*_, **__):
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr(module, "train", lost)
+    line = one_error(invoke(*arguments(material, tmp_path / "out")))
+    assert "another process of this training ended" in line
+
+
 def test_processes_that_start_from_different_states(start_two, tmp_path):
     """As on two machines that do not share the run's folder."""
     list(toy_run(tmp_path / "0" / "run", STEPS, minutes=1e-9))
@@ -553,6 +589,9 @@ def test_processes_that_start_from_different_states(start_two, tmp_path):
 
 def test_a_batch_that_does_not_divide(tmp_path, monkeypatch):
     class Three:
+        def rank(self):
+            return 0
+
         def size(self):
             return 3
 

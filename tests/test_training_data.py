@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -125,7 +126,7 @@ def test_litter_beside_metadata_and_in_it(tmp_path, listed):
     metadata(tmp_path, *rows)
     assert found(tmp_path) == [("a.webp", ["a cat"])]
     metadata(tmp_path, *rows[:-1])
-    with pytest.raises(SnapGenError, match="holds no picture"):
+    with pytest.raises(SnapGenError, match=r"metadata\.jsonl names no picture"):
         read_folder(tmp_path)
 
 
@@ -182,17 +183,17 @@ def test_many_bad_pictures_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("{", "no file_name"),
-        ("[1]", "no file_name"),
-        ("3", "no file_name"),
-        ("[" * 100_000, "no file_name"),
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ("3", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
         ({"text": "x"}, "no file_name"),
         ({"file_name": 3, "text": "x"}, "no file_name"),
         ({"file_name": "", "text": "x"}, "no file_name"),
         ({"file_name": "a.png"}, "no caption"),
         ({"file_name": "a.png", "text": None}, "no caption"),
         ({"file_name": "a.png", "text": ""}, "no caption"),
-        ({"file_name": "a.png", "text": " "}, "its captions are no texts"),
+        ({"file_name": "a.png", "text": " "}, "no caption"),
         ({"file_name": "a.png", "text": 5}, "its captions are no texts"),
         ({"file_name": "a.png", "captions": "abc"}, "its captions are no texts"),
         ({"file_name": "a.png", "captions": ["a", 3]}, "its captions are no texts"),
@@ -230,14 +231,41 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SnapGenError, match="Not a directory"):
         read_folder(tmp_path / "file")
-    with pytest.raises(SnapGenError, match="holds no picture; PNG"):
+    picture(tmp_path / "below" / "a.png")
+    with pytest.raises(SnapGenError, match=r"itself holds no picture; PNG.* in folders below"):
         read_folder(tmp_path)
     (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n\xff\xfe,x\n")
     with pytest.raises(SnapGenError, match="cannot read the data"):
         read_folder(tmp_path)
-    metadata(tmp_path)
-    with pytest.raises(SnapGenError, match="holds no picture"):
+    (tmp_path / "metadata.csv").write_text("file_name;text\na.png;x\n")
+    with pytest.raises(SnapGenError, match=r"no column file_name, .* but 'file_name;text'"):
         read_folder(tmp_path)
+    metadata(tmp_path)
+    with pytest.raises(SnapGenError, match=r"metadata\.jsonl names no picture"):
+        read_folder(tmp_path)
+
+
+def test_captions_as_others_write_them(tmp_path):
+    """Under another name, in a column after a space, in .TXT."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "a.TXT").write_text("a cat")
+    (tmp_path / "c.txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    examples, bad = scan_folder(tmp_path, "x")
+    assert [e.captions for e in examples] == [["a cat"], ["x"]]
+    assert bad == ["c.png (c.txt is not UTF-8)"]
+    (tmp_path / "metadata.csv").write_text("file_name, text\na.png,a dog\nb.png, \n")
+    assert found(tmp_path, "x") == [("a.png", ["a dog"]), ("b.png", ["x"])]
+    metadata(tmp_path, {"file_name": "a.png", "caption": "a fish"})
+    assert found(tmp_path, "x") == [("a.png", ["a fish"])]
+
+
+def test_large_pictures_are_read_in_silence(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # Pillow warns from here on
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found(tmp_path, "x") == [("a.png", ["x"])]
 
 
 # Pixels

@@ -1,6 +1,7 @@
 """The memory of a training run: predicted and measured, refused with what would fit."""
 
 import gc
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -68,9 +69,19 @@ def test_refusal_says_what_fits(monkeypatch):
     predictor = TrainingMemory(tiny_config(), (32, 32), TOKENS, 10**6)
     options = ElasticOptions()
     need = predictor.peak(options, 8)
+    monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda: 0)
     offers = {flags: predictor.peak(o, 8) for flags, o in predictor.alternatives(options, 8)}
     assert list(offers)[:3] == ["--checkpoint", "--accumulate 8", "--accumulate 8 --checkpoint"]
     assert offers["--lora 16"] < need and offers["--checkpoint"] < need
+    halves = predictor.peak(replace(options, accumulate=2), 8)
+    monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda: halves)
+    with_checkpoint = replace(options, checkpoint=True)
+    assert list(dict(predictor.alternatives(options, 8)))[1] == "--accumulate 2"
+    assert list(dict(predictor.alternatives(with_checkpoint, 4))) == [
+        "--accumulate 2",
+        "--lora 16",
+        "--lora 16 --accumulate 2",
+    ]
     for usable, fits in ((need, None), (offers["--checkpoint"], True), (1000, False)):
         monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda n=usable: n)
         if fits is None:

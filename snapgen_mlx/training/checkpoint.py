@@ -1,7 +1,10 @@
 """The state of a training run on disk: whole, checksummed, the last few kept."""
 
+import fcntl
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +14,30 @@ from ..files import atomic_write, file_sha256
 from ..safetensors_io import write_tensors
 
 KEEP = 2
+
+
+@contextmanager
+def locked(folder):
+    """Raises SnapGenError while another process is in this context with the same folder."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise SnapGenError(f"cannot write {folder}: {e.strerror}; choose another place") from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(fd)
+        raise SnapGenError(
+            f"another process is training in {folder}; wait for it, or train into another folder"
+        ) from e
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def fingerprint(*folders: Path) -> str:

@@ -156,6 +156,10 @@ class CachedText:
     def __init__(self, name: str, places: dict[str, tuple[Path, TensorInfo]], temporary=None):
         self.name, self.places, self._temporary = name, places, temporary
 
+    def length(self, text: str) -> int:
+        """Tokens of a text; 0 where the encoder knows none of its words."""
+        return self.places[text][1].shape[0]
+
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) as the encoder gave them, padded with zeros.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..errors import SnapGenError
 from ..lora import fuse_lora, load_lora
 from ..models.dit import DiT
 from ..models.elastic import slice_flat
@@ -22,6 +21,7 @@ from .finetune import (
     check_output,
     encode_data,
     float_supernet,
+    nothing_changed,
     training_memory,
     write_model,
 )
@@ -78,10 +78,7 @@ def distill_few_steps(
 
     change = lora_change(trainer.bind(trainer.lora))
     if not change:
-        raise SnapGenError(
-            f"{record['step']} steps changed no weight, so nothing was written; train for longer "
-            "or with a higher learning rate"
-        )
+        raise nothing_changed("weight", record)
     yield {f"change/{variant}": change}
     save_lora(output / LORA, trainer.lora)
     if fuse:

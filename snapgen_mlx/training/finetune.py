@@ -98,10 +98,7 @@ def finetune(
 
     # Not the averaged ones, which rounding changes even when training does not.
     if not all(weight_change(model, trainer, trainer.weights.params).values()):
-        raise SnapGenError(
-            f"{record['step']} steps changed no weight, so nothing was written; train for longer "
-            "or with a higher learning rate"
-        )
+        raise nothing_changed("weight", record)
     weights = without_projectors(trainer.weights.mean)
     change = weight_change(model, trainer, weights)
     yield {f"change/{name}": value for name, value in change.items()}
@@ -109,10 +106,7 @@ def finetune(
     before = lora_params(trainer.config, rank, options.seed) if rank else float_supernet(model)[1]
     if pictures := report.picture_change(trainer, before):
         if not any(pictures.values()):
-            raise SnapGenError(
-                f"{record['step']} steps changed no picture, so nothing was written; train for "
-                "longer or with a higher learning rate"
-            )
+            raise nothing_changed("picture", record)
         yield {f"picture_change/{name}": value for name, value in pictures.items()}
     if elastic.lora:
         save_lora(output / LORA, weights)
@@ -120,12 +114,21 @@ def finetune(
         write_model(model, output, trainer.config, weights)
 
 
+def nothing_changed(what: str, record: dict) -> SnapGenError:
+    """For a run that ended with ``record`` and changed none of ``what``."""
+    line = f"no {what} had changed after step {record['step']}, so nothing was written; "
+    if not record["done"]:
+        return SnapGenError(line + "the same command goes on from there")
+    return SnapGenError(line + "train into another folder, longer or with a higher learning rate")
+
+
 def check_output(model: Path, output: Path) -> None:
     """Raises UsageError for a folder that is not to be trained into."""
     if output.resolve().is_relative_to(model.resolve()):
         raise UsageError(f"{output} lies in the model that is to be trained; choose another folder")
-    if (output / "config.json").exists() and not (output / "run").is_dir():
-        raise UsageError(f"{output} holds another model; choose another folder")
+    for name, what in (("config.json", "model"), (LORA, "LoRA")):
+        if (output / name).exists() and not (output / "run").is_dir():
+            raise UsageError(f"{output} holds another {what}; choose another folder")
 
 
 def training_memory(model: Path, beside: int = 0) -> TrainingMemory:
@@ -213,6 +216,8 @@ def encode_data(
     encoders = yield from cached_states(text_encoders, key, texts, cache)
     del text_encoders
     mx.clear_cache()
+    if not any(encoder.length(text) for encoder in encoders for text in texts):
+        raise SnapGenError(f"the captions have no word that {model} knows; write other ones")
     return [
         LatentDataset(x0, texts, encoders, turned)
         for x0, texts, turned in zip(latents, captions, mirrored, strict=True)

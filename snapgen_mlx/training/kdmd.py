@@ -248,12 +248,13 @@ class KDMDTrainer:
         """What ``watch`` says of the pictures that the averaged student draws in four steps."""
         return self.watch(self, fixed)
 
-    def generate(self, noise, text, masks) -> mx.array:
-        """Latents (B, H, W, C) of the averaged student's four steps from ``noise``."""
-        x = noise
+    def generate(self, noise, text, masks, lora: dict | None = None) -> mx.array:
+        """Latents (B, H, W, C) of four steps from ``noise``: the averaged student's, or those with
+        the matrices ``lora``."""
+        x, lora = noise, lora or self.student.mean
         t = [mx.full(len(x), sigma) for sigma in SIGMAS]
         for now, to in pairwise(t):
-            x = self._jump(self.student.mean, x, now, to, text, masks)
+            x = self._jump(lora, x, now, to, text, masks)
         return x
 
     @property

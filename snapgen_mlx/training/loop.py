@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
-from .checkpoint import load_state, save_state
+from .checkpoint import load_state, locked, save_state
 from .data import LatentDataset
 from .elastic import AdamOptions
 
@@ -52,10 +53,14 @@ def train(
     one that is early go to ``run/log.jsonl``, which is thus the same however often a run was
     interrupted. Validation uses the averaged weights on fixed noise. Raises SnapGenError when the
     state in ``run`` is of other data or options, when it cannot be written, or when the loss is
-    no number any more.
+    no number any more, and while another process trains in ``run``.
     """
+    with locked(run) if mx.distributed.init().rank() == 0 else nullcontext():
+        yield from _train(trainer, data, Path(run), options, validation, stop)
+
+
+def _train(trainer, data, run: Path, options: RunOptions, validation, stop) -> Iterator[dict]:
     o, steps = options, trainer.options.steps
-    run = Path(run)
     world = mx.distributed.init()
     check_batch(o, trainer.options)
     settings = asdict(o) | asdict(trainer.options)
@@ -69,7 +74,7 @@ def train(
         # In the order of a fresh trainer: norms sum over arrays, and round by their order.
         trainer.restore({key: arrays[key] for key in trainer.state()})
         step, window = info["step"], info.get("window", [])
-    _check_processes(world, step, identity)
+    _check_processes(step, identity)
     if world.rank() == 0:
         _trim_log(run / LOG, step)
     if step == steps:
@@ -129,9 +134,9 @@ def check_batch(options: RunOptions, adam: AdamOptions) -> None:
     """Raises UsageError for a batch that does not divide into its parts."""
     size = mx.distributed.init().size()
     if options.batch % (size * adam.accumulate):
+        each = f" on each of {size} processes" if size > 1 else ""
         raise UsageError(
-            f"the batch of {options.batch} does not divide into {adam.accumulate} parts on each of "
-            f"{size} processes"
+            f"the batch of {options.batch} does not divide into {adam.accumulate} parts{each}"
         )
 
 
@@ -158,7 +163,7 @@ def _check_identity(run, info: dict, identity: dict) -> None:
         )
 
 
-def _check_processes(world, step: int, identity: dict) -> None:
+def _check_processes(step: int, identity: dict) -> None:
     """Raises SnapGenError unless all processes start from the same."""
     digest = hashlib.sha256(json.dumps([step, identity]).encode()).digest()[:8]
     digests = mx.distributed.all_gather(mx.array([list(digest)]))

@@ -19,6 +19,18 @@ from .lora import lora_params
 UPDATE = 0.85  # of all trained weights: what Adam's step holds beside its state and gradients
 
 
+def flags(options: ElasticOptions, other: ElasticOptions) -> str:
+    """What a command needs besides, to train with ``other`` instead of ``options``."""
+    out = []
+    if other.lora != options.lora:
+        out.append(f"--lora {other.lora}")
+    if other.accumulate != options.accumulate:
+        out.append(f"--accumulate {other.accumulate}")
+    if other.checkpoint != options.checkpoint:
+        out.append("--checkpoint")
+    return " ".join(out)
+
+
 @dataclass(frozen=True)
 class TrainingMemory:
     """Predicts the peak of ``ElasticTrainer.step``.
@@ -92,15 +104,22 @@ class TrainingMemory:
         )
 
     def alternatives(self, options: ElasticOptions, batch: int):
-        """(flags, options) of the same training in less memory, the mildest first."""
-        lora = replace(options, lora=16)
-        for name, o in (("", options), ("--lora 16", lora))[: 1 if options.lora else 2]:
-            parts = replace(o, accumulate=batch)
-            for flags, other in (
-                ("", o),
-                ("--checkpoint", replace(o, checkpoint=True)),
-                (f"--accumulate {batch}", parts),
-                (f"--accumulate {batch} --checkpoint", replace(parts, checkpoint=True)),
-            ):
-                if other != options:
-                    yield f"{name} {flags}".strip(), other
+        """(flags, options) of the same training in less memory, the mildest first.
+
+        A batch goes through in as few parts as fit into memory, or one picture at a time.
+        """
+        usable = usable_memory()
+        for lora in dict.fromkeys((options.lora, options.lora or 16)):
+            for parts in (False, True):
+                for checkpoint in dict.fromkeys((options.checkpoint, True)):
+                    other = replace(options, lora=lora, checkpoint=checkpoint)
+                    if parts:
+                        counts = range(options.accumulate + 1, batch + 1)
+                        counts = [n for n in counts if batch % n == 0]
+                        if not counts:
+                            continue
+                        each = [replace(other, accumulate=n) for n in counts]
+                        fitting = (o for o in each if self.peak(o, batch) <= usable)
+                        other = next(fitting, each[-1])
+                    if other != options:
+                        yield flags(options, other), other

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ else:
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 PICTURES |= {".heic", ".heif"}
 HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what such a file has after four bytes
+METADATA = ("metadata.jsonl", "metadata.csv")
 LITTER = {".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini"}
 
 
@@ -38,11 +40,12 @@ class Example:
 def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
     """Examples of a folder of pictures, and a line for each picture that cannot be used.
 
-    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``, and in
-    the former optionally ``captions``, a list of phrasings; ``concept`` names what is shown, else
-    the first caption does. Without either file, each picture directly in the folder has its
-    caption in a ``.txt`` of its name. ``caption`` is given to pictures that have none. What systems
-    leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every picture is decoded once.
+    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text`` (or
+    ``caption``), and in the former optionally ``captions``, a list of phrasings; ``concept`` names
+    what is shown, else the first caption does. Without either file, each picture directly in the
+    folder has its caption in a ``.txt`` of its name. ``caption`` is given to pictures that have
+    none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every picture
+    is decoded once.
     Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
@@ -61,7 +64,13 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise SnapGenError(f"cannot read the data in {folder}: {_reason(e)}") from e
     if not examples and not bad:
-        raise SnapGenError(f"{folder} holds no picture; PNG, JPEG, WebP and TIFF are read")
+        for name in METADATA:
+            if (folder / name).is_file():
+                raise SnapGenError(f"{folder / name} names no picture")
+        raise SnapGenError(
+            f"{folder} itself holds no picture; PNG, JPEG, WebP and TIFF are read, and those in "
+            "folders below where metadata.jsonl names them"
+        )
     return examples, bad
 
 
@@ -83,9 +92,11 @@ def shorten(items: list[str], most: int = 10) -> str:
     return ", ".join(items[:most]) + more
 
 
-def _rows(folder: Path) -> Iterator[tuple[str, dict | None]]:
-    """(place, row) of each picture; a row has file_name, text and perhaps captions."""
-    if (path := folder / "metadata.jsonl").is_file():
+def _rows(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
+    """(place, row) of each picture; a row has file_name, text and perhaps captions, or is what
+    made it unreadable."""
+    jsonl, table = (folder / name for name in METADATA)
+    if (path := jsonl).is_file():
         # Not splitlines: JSON strings may hold U+2028 and the like.
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
@@ -93,17 +104,30 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict | None]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     row = None
+                if not isinstance(row, dict):
+                    row = ValueError("not a JSON object")
                 yield f"{path.name}:{number}", row
-    elif (path := folder / "metadata.csv").is_file():
+    elif (path := table).is_file():
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+        if "file_name" not in rows.fieldnames:
+            found = ", ".join(map(repr, rows.fieldnames))
+            raise SnapGenError(f"{path} has no column file_name, separated by commas, but {found}")
         for row in rows:
             yield f"{path.name}:{rows.line_num}", row
     else:
-        for file in sorted(folder.iterdir()):
-            # Hidden files: a Mac leaves ._NAME.jpg beside NAME.jpg on other systems' disks.
-            if file.suffix.lower() in PICTURES and not file.name.startswith("."):
-                beside = file.with_suffix(".txt")
-                text = beside.read_text(encoding="utf-8-sig") if beside.is_file() else ""
+        # Hidden files: a Mac leaves ._NAME.jpg beside NAME.jpg on other systems' disks.
+        files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+        for file in files:
+            if file.suffix.lower() in PICTURES:
+                try:
+                    text = texts[file.stem].read_text(encoding="utf-8-sig")
+                except KeyError:
+                    text = ""
+                except UnicodeDecodeError:
+                    yield file.name, ValueError(f"{texts[file.stem].name} is not UTF-8")
+                    continue
                 yield file.name, {"file_name": file.name, "text": " ".join(text.split())}
 
 
@@ -116,13 +140,18 @@ def _is_litter(row) -> bool:
 
 def _example(folder: Path, row, caption: str | None) -> Example:
     """Raises ValueError for a row that is no example."""
-    name = row.get("file_name") if isinstance(row, dict) else None
+    if isinstance(row, ValueError):
+        raise row
+    name = row.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError("no file_name")
     # Not by resolved paths: downloaded data sets are folders of links.
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{name} is outside the folder")
-    captions = row.get("captions") or [row.get("text") or caption]
+    text = row.get("text") or row.get("caption")
+    if isinstance(text, str) and not text.strip():
+        text = None
+    captions = row.get("captions") or [text or caption]
     if captions == [None]:
         raise ValueError("no caption")
     if not isinstance(captions, list) or not all(map(_is_text, captions)):
@@ -139,7 +168,7 @@ def _check(path: Path) -> tuple[str, float]:
     """SHA-256 and aspect of a picture's file, once it has been decoded."""
     data = path.read_bytes()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = _open(io.BytesIO(data))
     except UnidentifiedImageError:
         if pillow_heif is None and data[4:].startswith(HEIC):
             raise ValueError("HEIC, read after: pip install 'snapgen-mlx[heic]'") from None
@@ -149,6 +178,13 @@ def _check(path: Path) -> tuple[str, float]:
             image.draft("RGB", (64, 64))  # a JPEG is decoded at a smaller scale: faster
         width, height = to_rgb(image).size
     return hashlib.sha256(data).hexdigest(), width / height
+
+
+def _open(file) -> Image.Image:
+    with warnings.catch_warnings():
+        # Of large pictures; Pillow refuses those that are twice as large.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _reason(e: Exception) -> str:
@@ -177,7 +213,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def load_image(path, size: tuple[int, int], mirror: bool = False) -> np.ndarray:
     """RGB float32 (H, W, 3) in [-1, 1], scaled to cover ``size`` (H, W) and cut at the centre."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             image = to_rgb(image)
             if image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1])

@@ -121,7 +121,7 @@ def can_plot() -> bool:
 def plot_losses(log, path) -> None:
     """Draw a log's losses and validation losses of each width against the step, to a PNG.
 
-    Needs matplotlib. Does nothing while there is no log.
+    Needs matplotlib. Does nothing while no loss is logged.
     """
     from matplotlib.figure import Figure
 
@@ -134,6 +134,8 @@ def plot_losses(log, path) -> None:
         for name, value in record.items():
             if name.startswith(("loss/", "val/")):
                 curves.setdefault(name, []).append((record["step"], value))
+    if not curves:
+        return
     widths = sorted({name.partition("/")[2] for name in curves})
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")

@@ -15,7 +15,7 @@ from .kdmd import SHIFT, KDMDTrainer
 
 SEEDS = 4  # pictures of each caption that a run is watched by
 REFERENCE_STEPS = 16  # of the guided teacher, for the pictures to compare with
-# Beyond these, against the teacher's pictures, a run has failed.
+# Beyond these, against the teacher's pictures, a run has failed, unless it began beyond them.
 MOST_STD, MOST_COLOUR, LEAST_SPREAD = 1.3, 1.5, 0.4
 
 
@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self, vae, folder):
         self.vae, self.folder = vae, Path(folder)
-        self._theirs = None
+        self._theirs = self._start = None
 
     def __call__(self, trainer: KDMDTrainer, fixed: list) -> dict[str, float]:
         """Monitors; ``fixed`` batches hold each caption SEEDS times in a row.
@@ -40,17 +40,25 @@ class Watch:
         batches = [(eps, text, masks) for _, eps, _, text, masks in fixed]
         if self._theirs is None:
             self._theirs = self._draw(partial(guided, trainer), batches)
-        ours = self._draw(trainer.generate, batches)
-        (z, pictures), (z_teacher, pictures_teacher) = ours, self._theirs
+            nothing = {k: mx.zeros_like(a) for k, a in trainer.lora.items()}
+            start = self._draw(partial(trainer.generate, lora=nothing), batches)
+            self._start = self._compare(*start)
+        latents, pictures = self._draw(trainer.generate, batches)
+        found = self._compare(latents, pictures)
+        self._write(trainer.steps.item(), pictures)
+        check(found, self._start)
+        return {f"val/{k}": a for k, a in found.items()}
+
+    def _compare(self, z: np.ndarray, pictures: np.ndarray) -> dict[str, float]:
+        """The monitors of latents and pictures, as of ``_draw``."""
+        z_teacher, pictures_teacher = self._theirs
         found = {
             "std": z.std() / z_teacher.std(),
             "colour": colour(pictures) / colour(pictures_teacher),
             "spread": (spread(z) / spread(z_teacher)) ** 0.5,
             "error": ((z - z_teacher) ** 2).mean() / spread(z_teacher),
         }
-        self._write(trainer.steps.item(), pictures)
-        check(found)
-        return {f"val/{k}": float(a) for k, a in found.items()}
+        return {k: float(a) for k, a in found.items()}
 
     def _draw(self, draw, batches: list) -> tuple[np.ndarray, np.ndarray]:
         """Latents (N, h, w, C) and pictures (N, H, W, 3) in [0, 1]."""
@@ -69,12 +77,13 @@ class Watch:
             Image.fromarray((grid * 255).round().astype(np.uint8)).save(tmp)
 
 
-def check(monitors: dict[str, float]) -> None:
-    """Raises SnapGenError when they say that a run has failed."""
+def check(monitors: dict[str, float], start: dict[str, float]) -> None:
+    """Raises SnapGenError when they say that a run, which began with ``start``, has failed."""
     m = {k: f"{a:.2g} times" for k, a in monitors.items()}
-    if monitors["spread"] < LEAST_SPREAD:
+    most_std, most_colour = MOST_STD * max(1, start["std"]), MOST_COLOUR * max(1, start["colour"])
+    if not monitors["spread"] >= LEAST_SPREAD * min(1, start["spread"]):  # or no number
         what = f"collapse: the seeds of a caption differ {m['spread']} as much as the teacher's"
-    elif monitors["std"] > MOST_STD or monitors["colour"] > MOST_COLOUR:
+    elif not (monitors["std"] <= most_std and monitors["colour"] <= most_colour):
         what = (
             f"saturate: {m['std']} the contrast of the teacher's latents, {m['colour']} its colour"
         )
