@@ -27,6 +27,9 @@ class Number(click.FloatRange):
         return value if math.isfinite(value) else self.fail(f"{value} is no finite number.")
 
 
+output_option = click.option(
+    "-o", "--output", type=click.Path(file_okay=False), help="New folder.  [required]"
+)
 explain_option = click.option(
     "--explain", is_flag=True, help="Only print the memory that this would need."
 )
@@ -74,8 +77,10 @@ def speaker():
     return click.echo if mx.distributed.init().rank() == 0 else lambda *_, **__: None
 
 
-def check_resume(output, resume: bool) -> None:
-    """Raise UsageError when --resume finds no run."""
+def check_output(output, resume: bool) -> None:
+    """Raise UsageError without --output, and when --resume finds no run."""
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     if resume and not any(Path(output, "run").glob("state-*.json")):
         raise click.UsageError(f"there is no run in {output} to resume; leave out --resume")
 

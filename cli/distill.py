@@ -5,10 +5,11 @@ from click.core import ParameterSource
 
 from .arguments import (
     Number,
-    check_resume,
+    check_output,
     data_options,
     explain_option,
     model_argument,
+    output_option,
     read_pictures,
     speaker,
     training_options,
@@ -23,7 +24,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 @click.command()
 @model_argument
 @click.argument("data", type=click.Path(file_okay=False))
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New folder.")
+@output_option
 @click.option(
     "--method",
     required=True,
@@ -118,7 +119,8 @@ def distill(
     As few_step/VARIANT.safetensors in MODEL it is used from then on. The run's state, log and
     pictures are kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it stopped.
     """
-    check_resume(output, resume)
+    if not explain:
+        check_output(output, resume)
     context = click.get_current_context()
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:

@@ -12,11 +12,12 @@ import click
 
 from .arguments import (
     Number,
-    check_resume,
+    check_output,
     data_options,
     encoded,
     explain_option,
     model_argument,
+    output_option,
     read_pictures,
     speaker,
     training_options,
@@ -26,7 +27,7 @@ from .arguments import (
 @click.command()
 @model_argument
 @click.argument("data", type=click.Path(file_okay=False))
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False), help="New folder.")
+@output_option
 @click.option("--full", is_flag=True, help="Train all weights: the default.")
 @click.option("--lora", type=click.IntRange(1, 1024), help="Train a LoRA of this rank instead.")
 @data_options
@@ -97,7 +98,8 @@ def finetune(
     """
     if full and elastic["lora"]:
         raise click.UsageError("--full and --lora exclude each other")
-    check_resume(output, resume)
+    if not explain:
+        check_output(output, resume)
     from snapgen_mlx.pipeline import resolve_model
     from snapgen_mlx.training.elastic import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
@@ -151,6 +153,7 @@ def follow(start, steps: int, options, echo) -> None:
                     echo(encoded(record))
                 elif "step" in record:
                     last = record
+                    stop.running = "done" not in record
                     started = started or time.monotonic()
                     echo(progress(record, steps, options, time.monotonic() - started))
                 else:
@@ -239,7 +242,8 @@ def awake():
 
 
 class Stop:
-    """Ctrl-C and SIGTERM end a run after its step; before the first step, or given twice, at once.
+    """Ctrl-C and SIGTERM end a run after its step; at once before the first step, after the last,
+    or given twice.
 
     Called by the run after each step: is it to stop?
     """

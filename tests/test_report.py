@@ -206,4 +206,4 @@ def test_prior_pictures_are_drawn_once_and_learned(material, tmp_path):
     assert again.exit_code == 0 and "drew" not in again.stdout
     (tmp_path / "prior.txt").write_text("a red cat\n", encoding="utf-8")
     other = finetune(*args)
-    assert other.exit_code == 1 and "other pictures, captions or latents" in other.stderr
+    assert other.exit_code == 1 and "other pictures or captions, or with" in other.stderr

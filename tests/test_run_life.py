@@ -20,6 +20,7 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.training.checkpoint import load_state, save_state
 from snapgen_mlx.training.loop import train
+from snapgen_mlx.training.report import Report
 from snapgen_mlx.weights import load_config, load_tensors, save_tensors
 
 from .tiny import write_tiny_model
@@ -149,7 +150,7 @@ def test_states_are_saved_by_time_and_two_are_kept(tmp_path):
         ({"trainer": {"learning_rate": 1e-4}}, r"learning_rate 0\.003, not 0\.0001; go on with"),
         ({"options": {"batch": 8, "seed": 1}}, "batch 4, not 8, seed 0, not 1; go on"),
         ({"trainer": {"steps": 22}}, "steps 21, not 22; go on"),
-        ({"data": toy_data(17)}, "other pictures, captions or latents; go on"),
+        ({"data": toy_data(17)}, "another --flip or --prior; go on"),
         ({"model": {"layers": [2, 0, 0]}}, "a model of other sizes; go on"),
         ({"base": "other"}, "other weights of the model; go on"),
     ],
@@ -169,7 +170,7 @@ def test_resuming_with_something_else(reference, change, message):
 def test_other_captions(reference):
     data = toy_data()
     data.captions[0] = ["a dog"]
-    with pytest.raises(SnapGenError, match="other pictures, captions or latents"):
+    with pytest.raises(SnapGenError, match="other pictures or captions, or with"):
         next(train(toy_trainer(steps=STEPS), data, reference, toy_options()))
 
 
@@ -413,6 +414,17 @@ def test_ctrl_c_before_the_first_step_stops_at_once(material, tmp_path, monkeypa
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; the same command goes on from what is saved\n")
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_ctrl_c_after_the_last_step_stops_at_once(material, tmp_path, monkeypatch):
+    """While the pictures before and after are drawn; the same command then ends the run."""
+    args = arguments(material, tmp_path / "out", steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "picture_change", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        result = invoke(*args)
+    assert result.exit_code == 130 and "config.json" not in names(tmp_path / "out")
+    result = invoke(*args)
+    assert result.exit_code == 0 and "config.json" in names(tmp_path / "out"), result.output
 
 
 def test_a_mac_is_kept_awake(material, tmp_path, monkeypatch):

@@ -108,5 +108,7 @@ def test_the_command(tmp_path, monkeypatch):
         assert len(result.stdout.splitlines()) == 2 + alternatives
         assert not (tmp_path / "out").exists()
     monkeypatch.setattr("snapgen_mlx.memory.usable_memory", lambda: 1000)
-    result = CliRunner().invoke(main, [*args, "--explain"])
+    result = CliRunner().invoke(main, [*args[:3], "--explain"])
     assert all(line.endswith("too large") for line in result.stdout.splitlines()[1:])
+    result = CliRunner().invoke(main, args[:3])
+    assert result.exit_code == 2 and "Missing option '-o' / '--output'" in result.stderr

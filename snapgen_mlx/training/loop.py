@@ -149,8 +149,8 @@ def _check_identity(run, info: dict, identity: dict) -> None:
         if before == now:
             continue
         what = {
-            "data": "other pictures, captions or latents",
-            "model": "a model of other sizes",
+            "data": "other pictures or captions, or with another --flip or --prior",
+            "model": "another width, or a model of other sizes",
             "base": "other weights of the model",
             "teacher": "another teacher",
         }
