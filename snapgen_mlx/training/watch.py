@@ -40,7 +40,7 @@ class Watch:
         batches = [(eps, text, masks) for _, eps, _, text, masks in fixed]
         if self._theirs is None:
             self._theirs = self._draw(partial(guided, trainer), batches)
-            nothing = {k: mx.zeros_like(a) for k, a in trainer.lora.items()}
+            nothing = {k: mx.zeros_like(a) for k, a in trainer.student.mean.items()}
             start = self._draw(partial(trainer.generate, lora=nothing), batches)
             self._start = self._compare(*start)
         latents, pictures = self._draw(trainer.generate, batches)
