@@ -111,14 +111,14 @@ def _rows(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
         rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
         rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
         if "file_name" not in rows.fieldnames:
-            found = ", ".join(map(repr, rows.fieldnames))
+            found = ", ".join(map(repr, rows.fieldnames)) or "none"
             raise SnapGenError(f"{path} has no column file_name, separated by commas, but {found}")
         for row in rows:
             yield f"{path.name}:{rows.line_num}", row
     else:
         # Hidden files: a Mac leaves ._NAME.jpg beside NAME.jpg on other systems' disks.
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-        texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+        texts = {f.stem: f for f in files if f.suffix.lower() == ".txt" and f.is_file()}
         for file in files:
             if file.suffix.lower() in PICTURES:
                 try:
