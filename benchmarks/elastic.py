@@ -159,7 +159,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=96, help="channels, a multiple of 32")
+    parser.add_argument(
+        "--hidden", type=int, default=96, help="channels of the small model, a multiple of 32"
+    )
     parser.add_argument("--learning-rate", type=float, help="3e-3, or 5e-4 with --fine-tune")
     parser.add_argument("--arms", nargs="+", choices=ELASTIC, default=list(ELASTIC))
     parser.add_argument("--fine-tune", action="store_true", help="from the embedded model")

@@ -75,7 +75,7 @@ def add(a: dict, b: dict) -> dict:
     return {k: x + b[k] for k, x in a.items()}
 
 
-def averaged(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+def mean_over_processes(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     """Means over processes; of a flat dictionary, whose dotted keys MLX would take for a tree."""
     return dict(zip(arrays, nn.average_gradients(list(arrays.values())), strict=True))
 
@@ -248,7 +248,7 @@ class ElasticTrainer:
         if len(parts) > 1:
             total = ({k: a / len(parts) for k, a in d.items()} for d in total)
         losses, grads = total
-        return averaged(losses), averaged(grads), velocities
+        return mean_over_processes(losses), mean_over_processes(grads), velocities
 
     def _merge(self, index, grads, sub, ratio):
         """Adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|), clipped."""

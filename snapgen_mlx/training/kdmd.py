@@ -24,7 +24,7 @@ from .distill import (
     velocity_and_tokens,
     without_projectors,
 )
-from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise, averaged
+from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise, mean_over_processes
 from .lora import lora_params
 
 SHIFT = FEW_STEPS["shift"]
@@ -210,13 +210,13 @@ class KDMDTrainer:
             mx.eval(student, critic, losses)
         if turn:
             metrics, grads = ({k: a / parts for k, a in d.items()} for d in student)
-            metrics = averaged(metrics)
-            metrics["grad/student"] = self.student.update(averaged(grads))
+            metrics = mean_over_processes(metrics)
+            metrics["grad/student"] = self.student.update(mean_over_processes(grads))
         if self.critic:
             of_all = (mx.concatenate(losses), noise["tau/critic"])
             metrics |= by_tau(*map(mx.distributed.all_gather, of_all))
             grads = {k: a / parts for k, a in critic.items()}
-            metrics["grad/critic"] = self.critic.update(averaged(grads))
+            metrics["grad/critic"] = self.critic.update(mean_over_processes(grads))
         self.steps = self.steps + 1
         mx.eval(self.state(), metrics)
         return metrics
