@@ -2,7 +2,7 @@
 
     python -m benchmarks.alignment DATA [-m MODEL] [--lora FILE] [--count 200] [--json FILE]
 
-DATA is the folder that ``benchmarks.embedded.data`` writes. As ``snapgen-mlx eval``, but pictures
+DATA is the folder that ``recipes.embedded.data`` writes. As ``snapgen-mlx eval``, but pictures
 are drawn from held-out phrasings, and from held-out (concept, style) pairs, and compared with all
 real pictures of DATA. Printed for each variant: share with the prompted concept first, and among
 the first five; chance; and the ceiling, real held-out pictures sent through the autoencoder.

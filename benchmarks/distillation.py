@@ -2,7 +2,7 @@
 
     python -m benchmarks.distillation DATA OUT -m MODEL --few-step-lora FILE [--seeds 2]
 
-DATA is the folder that ``benchmarks.embedded.data`` writes; FILE makes the full width of MODEL a
+DATA is the folder that ``recipes.embedded.data`` writes; FILE makes the full width of MODEL a
 4-step teacher (docs/distillation.md). Each loss distils each width into four steps once per seed,
 with the same learning rate, rank, batches and number of the student's updates; DMD and K-DMD also
 train a critic. The runs lie in OUT/LOSS-WIDTH-SEED; the same command goes on where it was

@@ -2,7 +2,7 @@
 
     python -m benchmarks.elastic DATA OUT [--seeds 3] [--steps 400] [--arms elastic] [--fine-tune]
 
-DATA is the folder that ``benchmarks.embedded.data`` writes; the embedded model's autoencoder and
+DATA is the folder that ``recipes.embedded.data`` writes; the embedded model's autoencoder and
 text encoder read it. Each arm trains a transformer once per seed: all from the same weights, on
 the same batches, noise and timesteps, for the same number of steps. It is a small one, from random
 weights; with --fine-tune it is the embedded model's own, from its weights as shipped.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.few_steps DATA -m MODEL [--count 300] [--grid FILE.png] [--json FILE]
 
-DATA is the folder that ``benchmarks.embedded.data`` writes; MODEL holds a LoRA for few steps of
+DATA is the folder that ``recipes.embedded.data`` writes; MODEL holds a LoRA for few steps of
 each width (docs/distillation.md). Every width draws the same held-out phrasings, and all held-out
 (concept, style) pairs thrice, from the same noise in four ways: 28 guided steps of the base, 4
 steps of the distilled model, and 4 steps of the base, guided and not. Printed for each:

@@ -3,7 +3,7 @@
     python -m benchmarks.quantization DATA OUT [-m MODEL] [--count 200] [--tune 100]
 
 MODEL is a float model (runs/embedded/model by default), DATA the folder that
-``benchmarks.embedded.data`` writes. Every row is a model that ``quantize`` wrote to OUT, or MODEL
+``recipes.embedded.data`` writes. Every row is a model that ``quantize`` wrote to OUT, or MODEL
 itself. Bits are the average over the weights of the transformer's Linear layers; bits on disk
 count its file with scales, biases, palettes and all that stays in 16 bits. PSNR is of the latents
 against MODEL's from the same noise, in dB: of the full width after the first and the last step,

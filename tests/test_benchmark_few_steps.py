@@ -27,7 +27,7 @@ def uncompiled():
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A model with a LoRA per width, and data as ``benchmarks.embedded.data`` writes it."""
+    """A model with a LoRA per width, and data as ``recipes.embedded.data`` writes it."""
     folder = tmp_path_factory.mktemp("material")
     model = write_tiny_model(folder / "model")
     for i, name in enumerate(("tiny", "small", "full")):

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from benchmarks.embedded import data
+from recipes.embedded import data
 from snapgen_mlx.errors import SnapGenError
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.embedded import text_table
+from recipes.embedded import text_table
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.static_text import StaticText
 

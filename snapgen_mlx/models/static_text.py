@@ -17,7 +17,7 @@ POSITION_BASE = 100  # wavelengths of 6 to 600 tokens (our choice: texts have at
 
 
 class StaticText:
-    """Word vectors of a frozen sentence encoder (built by ``benchmarks.embedded.text_table``).
+    """Word vectors of a frozen sentence encoder (built by ``recipes.embedded.text_table``).
 
     table: (V, dim) int8; scale: (V,) float, so that ``table * scale`` has rows of unit length.
     """

@@ -1,6 +1,6 @@
 """Train the embedded model's autoencoder: DATA (ImageFolder) -> OUT (a ``vae/`` folder).
 
-python -m benchmarks.embedded.autoencoder DATA RUN OUT [--steps N] [--decoder-only]
+python -m recipes.embedded.autoencoder DATA RUN OUT [--steps N] [--decoder-only]
 
 Resumes from RUN. With --decoder-only the encoder in OUT stays as it is and its decoder is trained
 further on whole pictures.
@@ -15,8 +15,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from recipes.embedded.autoencoder_training import AutoencoderTraining, train_autoencoder
 from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
-from snapgen_mlx.training.autoencoder import AutoencoderTraining, train_autoencoder
 from snapgen_mlx.weights import assign, load_config, load_tensors, save_tensors, write_json
 
 

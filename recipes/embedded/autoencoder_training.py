@@ -11,8 +11,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..models.autoencoder import SnapGenAutoencoder
-from .checkpoint import load_state, save_state
+from snapgen_mlx.models.autoencoder import SnapGenAutoencoder
+from snapgen_mlx.training.checkpoint import load_state, save_state
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The untrained embedded model: VAE and TEXT_ENCODER folders and fresh weights -> OUT.
 
-python -m benchmarks.embedded.init VAE TEXT_ENCODER OUT
+python -m recipes.embedded.init VAE TEXT_ENCODER OUT
 """
 
 import argparse

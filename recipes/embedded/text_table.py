@@ -1,6 +1,6 @@
 """The embedded model's text encoder: word vectors of a sentence encoder, small enough to ship.
 
-    python -m benchmarks.embedded.text_table OUT [--cache DIR] [--words FILE]
+    python -m recipes.embedded.text_table OUT [--cache DIR] [--words FILE]
 
 Every useful word piece of MiniLM, and common words that its tokenizer would split, pass through
 the model one by one; the mean state of the word's own tokens is reduced to 128 dimensions by PCA

@@ -1,6 +1,6 @@
 """Pictures and captions for the embedded model, made from freely licensed emoji.
 
-    python -m benchmarks.embedded.data OUT [--cache DIR]
+    python -m recipes.embedded.data OUT [--cache DIR]
 
 Three styles of the same concepts ("3d", "flat", "cartoon") on white, as an ImageFolder with a
 fixed held-out split, and held-out phrasings of every concept. Needs `npm` (it fetches four pinned
