@@ -182,7 +182,7 @@ def test_build_from_archives(tmp_path, monkeypatch):
     # Rasterising itself is resvg's work; here only that its input reaches it whole.
     seen = []
 
-    def rasterise(drawing):
+    def rasterise(drawing, width=512):
         if isinstance(drawing, bytes):
             return Image.open(io.BytesIO(drawing)).convert("RGBA")
         seen.append(drawing)

@@ -128,9 +128,10 @@ def _svg(icons: dict, icon: dict) -> str:
     )
 
 
-def rasterise(drawing: bytes | str) -> Image.Image:
+def rasterise(drawing: bytes | str, width: int = 512) -> Image.Image:
+    """An RGBA picture of WebP bytes, or of SVG text ``width`` pixels wide."""
     if isinstance(drawing, str):
         import resvg_py
 
-        drawing = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=512))
+        drawing = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=width))
     return Image.open(io.BytesIO(drawing)).convert("RGBA")

@@ -8,6 +8,7 @@ Needs ``npm`` (it fetches five pinned packages once into the cache) and ``resvg-
 import argparse
 import dataclasses
 import json
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .packages import fetch_all, load_drawings, load_words, rasterise
 
 SIZE = 256  # pixels; the longer side of a sprite's visible part
 STYLES = ("3d", "gradient", "flat", "cartoon")
+RASTER = 296  # pixels: most drawings fill 7/8 of their box
 LEAST_ALPHA = 24  # of 255: fainter pixels are not part of what is seen
 
 
@@ -95,6 +97,10 @@ def framed(image: Image.Image) -> Image.Image:
     return canvas
 
 
+def _picture(drawing: bytes | str) -> np.ndarray:
+    return np.asarray(framed(rasterise(drawing, RASTER)))
+
+
 def build(out: Path, cache: Path) -> list[Concept]:
     """Write the sprites of all concepts to ``out``, which must not exist yet."""
     archives = fetch_all(cache)
@@ -109,16 +115,18 @@ def build(out: Path, cache: Path) -> list[Concept]:
     for row in held:
         if row["kind"] == "words":
             held_by_key.setdefault(row["concept"], []).append(row["text"])
-    pictures, concepts = [], []
+    found, concepts = [], []
     for c in chosen:
         key, styles = c["concept"], {}
         for style in STYLES:
             if key in drawings[style]:
-                styles[style] = len(pictures)
-                pictures.append(np.asarray(framed(rasterise(drawings[style][key]))))
+                styles[style] = len(found)
+                found.append(drawings[style][key])
         concepts.append(
             Concept(key, c["label"], emoji[key], phrases[key], held_by_key.get(key, []), styles)
         )
+    with multiprocessing.Pool() as pool:
+        pictures = pool.map(_picture, found, chunksize=16)
     with atomic_folder(out) as folder:
         np.save(folder / "sprites.npy", np.stack(pictures))
         rows = [dataclasses.asdict(c) for c in concepts]
