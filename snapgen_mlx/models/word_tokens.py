@@ -1,0 +1,89 @@
+"""Text to rows of a word table: emoji characters to their names, words to word pieces."""
+
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from ..errors import SnapGenError
+
+UNKNOWN = "[UNK]"  # the table's first row; stands for no word and pads shorter texts
+# Variation selectors and skin tones: they change how an emoji looks, not what it is called.
+MODIFIERS = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
+ENDINGS = re.compile("e?s|'s|i?e?d|i?er|i?ers|i?est|ing|ings|i?ly|i?ness|ations?|y")
+
+
+class WordTokens:
+    """The tokenizer of a word table.
+
+    Args:
+        vocab: a word or word piece ("##s") per row of the table, UNKNOWN first.
+        emoji: names by emoji, keys without variation selectors and skin tones.
+        max_length: most tokens of a text.
+    """
+
+    def __init__(self, vocab: list[str], emoji: dict[str, str], max_length: int):
+        self.vocab, self.max_length = vocab, max_length
+        ids = {token: i for i, token in enumerate(vocab)}
+        self._tokenizer = Tokenizer(WordPiece(ids, unk_token=UNKNOWN))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=True)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
+        self._emoji = emoji
+        # The longest first: a family of three begins like a single man.
+        keys = sorted(emoji, key=len, reverse=True)
+        self._any_emoji = re.compile("|".join(map(re.escape, keys))) if keys else None
+
+    @classmethod
+    def load(cls, folder, max_length: int) -> "WordTokens":
+        """From vocab.txt and, where it is there, emoji.json of a folder.
+
+        Raises:
+            SnapGenError: a file is missing or damaged.
+        """
+        vocab, emoji = Path(folder) / "vocab.txt", Path(folder) / "emoji.json"
+        try:
+            words = vocab.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as e:
+            raise SnapGenError(f"cannot read {vocab}: {e}") from e
+        if words[:1] != [UNKNOWN] or len(set(words)) != len(words):
+            raise SnapGenError(f"{vocab} is damaged; download or build it again")
+        try:
+            names = json.loads(emoji.read_text(encoding="utf-8")) if emoji.exists() else {}
+        except (OSError, ValueError) as e:
+            raise SnapGenError(f"cannot read {emoji}: {e}") from e
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise SnapGenError(f"{emoji} does not map emoji to names; download or build it again")
+        return cls(words, names, max_length)
+
+    def plain(self, text: str) -> str:
+        """The text with every known emoji replaced by its name."""
+        text = MODIFIERS.sub("", text)
+        if self._any_emoji is None:
+            return text
+        return self._any_emoji.sub(lambda match: f" {self._emoji[match[0]]} ", text)
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Rows of the table per text, at most ``max_length``; what has no row is passed over."""
+        encodings = self._tokenizer.encode_batch([self.plain(text) for text in texts])
+        return [[i for i in e.ids if i != 0][: self.max_length] for e in encodings]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of the text without a row of their own, in order, each once.
+
+        A regular derivation ("smilingly") of a word with a row counts as known, and so do numbers.
+        """
+        normal = self._tokenizer.normalizer.normalize_str(self.plain(text))
+        out = []
+        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            first, *rest = self._tokenizer.model.tokenize(word)
+            tail = "".join(piece.value.removeprefix("##") for piece in rest)
+            known = first.id != 0 and (
+                not rest or word.isdigit() or (len(first.value) >= 3 and ENDINGS.fullmatch(tail))
+            )
+            if not known and word not in out:
+                out.append(word)
+        return out
