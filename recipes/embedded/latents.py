@@ -1,0 +1,87 @@
+"""Scenes as latents with captions, in the shards that ``recipes.pretrain`` reads.
+
+    python -m recipes.embedded.latents SPRITES VAE OUT --shards 0:16
+    python -m recipes.embedded.latents SPRITES VAE OUT --heldout
+
+A shard depends on its number alone, so more can be made at any time, also while a training reads
+those that are there. What is there is not made again.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.files import atomic_write
+
+from .autoencoder import load_autoencoder
+from .scenes import World
+
+SHARD = 4096  # scenes
+HELD_OUT = 1024  # scenes of held-out combinations, for validation
+BATCH = 32
+
+
+def encode(world: World, autoencoder, names: list[str], split: str) -> tuple[torch.Tensor, list]:
+    """Latents (N, h, w, C) float16 and captions of the scenes whose seeds are ``names``."""
+    latents, captions = [], []
+    for start in range(0, len(names), BATCH):
+        scenes = [world.scene(random.Random(n), split) for n in names[start : start + BATCH]]
+        captions += [scene.caption for scene in scenes]
+        pixels = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+        x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            z = autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
+        latents.append(z.permute(0, 2, 3, 1).half())
+    return torch.cat(latents).contiguous(), captions
+
+
+def write(folder: Path, name: str, latents: torch.Tensor, captions: list[str]) -> None:
+    """One shard; the file that a reader looks for last is complete when it appears."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / f"{name}.json") as tmp:
+        tmp.write_text(json.dumps(captions, indent=0) + "\n", "utf-8")
+    with atomic_write(folder / f"{name}.safetensors") as tmp:
+        save_file({"latents": latents}, tmp)
+
+
+def span(text: str) -> range:
+    """'4:8' -> range(4, 8)."""
+    first, _, last = text.partition(":")
+    try:
+        return range(int(first), int(last))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no span such as 0:16") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
+    parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
+    parser.add_argument("out", type=Path, help="folder of shards")
+    parser.add_argument("--shards", type=span, default=range(0), help="numbers, such as 0:16")
+    parser.add_argument("--heldout", action="store_true", help="make the validation shard")
+    args = parser.parse_args()
+    try:
+        if not args.shards and not args.heldout:
+            raise UsageError("say what to make: --shards 0:16, --heldout, or both")
+        world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+        jobs = [("heldout", HELD_OUT, "heldout")] if args.heldout else []
+        jobs += [(f"shard-{i:05d}", SHARD, "train") for i in args.shards]
+        for name, size, split in jobs:
+            if (args.out / f"{name}.safetensors").exists():
+                continue
+            seeds = [f"{name}/{i}" for i in range(size)]
+            write(args.out, name, *encode(world, autoencoder, seeds, split))
+            print(f"{name}: {size} scenes", flush=True)
+    except SnapGenError as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    main()
