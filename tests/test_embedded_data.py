@@ -12,7 +12,8 @@ from snapgen_mlx.errors import SnapGenError
 
 
 def record(hexcode, label, tags=(), group=3):
-    return {"hexcode": hexcode, "label": label, "tags": list(tags), "group": group}
+    emoji = "".join(chr(int(part, 16)) for part in hexcode.split("-"))
+    return {"hexcode": hexcode, "emoji": emoji, "label": label, "tags": list(tags), "group": group}
 
 
 RECORDS = [
@@ -215,3 +216,10 @@ def test_a_damaged_archive_is_named(tmp_path):
     file.write_bytes(b"cut")
     with pytest.raises(SnapGenError, match=r"emojibase-data-17.0.0.tgz is damaged.*delete it"):
         packages.fetch(package, tmp_path)
+
+
+def test_emoji_are_named_as_captions_call_them():
+    names = concepts.emoji_names([*RECORDS, record("270B-1F3FD", "raised hand: medium skin tone")])
+    assert names["\U0001f63b"] == "smiling cat with heart-eyes"
+    assert names["\U0001f1e9"] == "flag: germany", "not drawn, but known"
+    assert names["\u270b"].startswith("raised hand")

@@ -19,7 +19,7 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((len(WORDS), 128))
     vectors[3] = vectors[2] + 0.5 * vectors[3]
-    text_table.save(tmp_path / "text_encoder", WORDS, *text_table.quantize(vectors))
+    text_table.save(tmp_path / "text_encoder", WORDS, *text_table.quantize(vectors), {})
     return tmp_path / "text_encoder"
 
 

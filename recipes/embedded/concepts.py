@@ -19,6 +19,7 @@ from .emoji_words import (
     THE,
 )
 
+MODIFIERS = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
 # emojibase groups: smileys, people, animals, food, places, activities, objects
 GROUPS = {0, 1, 3, 4, 5, 6, 7}
 
@@ -106,6 +107,20 @@ def select(records: list[dict]) -> list[dict]:
         tags = [t for t in tags if re.fullmatch(r"[a-z-]{3,}", t) and t not in IGNORED | own]
         concepts.append({"concept": key, "label": label, "tags": list(dict.fromkeys(tags))})
     return concepts
+
+
+def emoji_names(records: list[dict]) -> dict[str, str]:
+    """The name of every emoji, as captions call it where it is drawn.
+
+    Keys have no variation selectors and no skin tones: these do not change what is meant.
+    """
+    drawn = {c["concept"]: c["label"] for c in select(records)}
+    names = {}
+    for record in records:
+        label = drawn.get(join_key(record["hexcode"])) or plain(record["label"])
+        if emoji := MODIFIERS.sub("", record["emoji"]):  # nothing is left of a skin tone itself
+            names[emoji] = label
+    return names
 
 
 class Phrases:

@@ -23,7 +23,7 @@ from snapgen_mlx.files import atomic_folder
 from snapgen_mlx.models.static_text import UNKNOWN, StaticText
 from snapgen_mlx.weights import save_tensors, write_json
 
-from .concepts import CLASS_NAME, plain
+from .concepts import CLASS_NAME, emoji_names, plain
 from .packages import SOURCES, fetch, load_words
 
 DIM = 128
@@ -135,8 +135,10 @@ def quantize(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(table, -127, 127).astype(np.int8), scale
 
 
-def save(out: Path, vocab: list[str], table: np.ndarray, scale: np.ndarray) -> None:
-    """Write the table as a text encoder folder; `out` must not exist yet."""
+def save(
+    out: Path, vocab: list[str], table: np.ndarray, scale: np.ndarray, emoji: dict[str, str]
+) -> None:
+    """Write the table and the emoji's names as a text encoder folder; `out` must not exist yet."""
     config = {
         "model_type": "static_text",
         "dim": table.shape[1],
@@ -148,6 +150,7 @@ def save(out: Path, vocab: list[str], table: np.ndarray, scale: np.ndarray) -> N
         write_json(folder / "config.json", config)
         save_tensors(folder, {"table": mx.array(table), "scale": mx.array(scale)})
         (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")
+        write_json(folder / "emoji.json", emoji)
 
 
 def cosines(vectors: np.ndarray, vocab: list[str]) -> dict[str, float]:
@@ -176,7 +179,7 @@ def build(out: Path, cache: Path, word_list: Path) -> dict:
     vocab = [UNKNOWN, *pieces, *words]
     table = np.concatenate([np.zeros((1, DIM), np.int8), table])
     scale = np.concatenate([np.zeros(1, np.float16), scale])
-    save(out, vocab, table, scale)
+    save(out, vocab, table, scale, emoji_names(records))
     StaticText.load(out)
     restored = table[1:].astype(np.float32) * scale[1:, None]
     return {

@@ -35,7 +35,14 @@ WORDINGS = {
     "above": ["above", "on top of", "over"],
     "below": ["below", "under", "underneath", "beneath"],
 }
-IRREGULAR = {"fish": "fish", "leaf": "leaves", "mouse": "mice", "wolf": "wolves", "squid": "squid"}
+IRREGULAR = {
+    "fish": "fish",
+    "leaf": "leaves",
+    "mouse": "mice",
+    "wolf": "wolves",
+    "squid": "squid",
+    "snowman": "snowmen",
+}
 HELD_OUT_SHARE = 0.1
 
 
