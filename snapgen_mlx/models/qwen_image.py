@@ -1,0 +1,327 @@
+"""Qwen-Image's MMDiT: two streams of tokens, text and image, that meet in every attention.
+
+Its parameter tree has the keys of diffusers' ``QwenImageTransformer2DModel``. It is asked as
+``dit.DiT`` is: conditions of time and text first, then tokens, then the velocity.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import SnapGenError
+from .attention import EPS, apply_rope, sdpa
+from .dit import FREQUENCIES, gelu_tanh, modulate
+
+TEXT = "qwen"  # the name of the only text states that it reads
+THETA = 10000.0
+MAX_POSITIONS = 4096  # of a text behind the picture's; the original has a table of so many
+# Blocks that are evaluated at once. It bounds what is in flight; weights that were read lazily
+# are read group by group. So the model cannot be differentiated or compiled: it only teaches.
+GROUP = 4
+UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+
+
+@dataclass
+class QwenImageConfig:
+    """The keys of diffusers' ``QwenImageTransformer2DModel``; sizes are Qwen-Image's own."""
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self)[:-1]:
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise SnapGenError(f"Qwen-Image config: {field.name} must be a positive integer")
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or any(type(n) is not int or n < 2 or n % 2 for n in axes):
+            raise SnapGenError("Qwen-Image config: axes_dims_rope must be three even numbers")
+        if sum(axes) != self.attention_head_dim:
+            raise SnapGenError("Qwen-Image config: axes_dims_rope must add up to a head's dims")
+        if self.in_channels != self.out_channels * self.patch_size**2:
+            raise SnapGenError("Qwen-Image config: in_channels must be a patch of out_channels")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """Read a config.json. Raises SnapGenError for variants that work otherwise."""
+        for key in UNSUPPORTED:
+            if d.get(key):
+                raise SnapGenError(f"Qwen-Image config: {key} = {d[key]!r} is not supported")
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in d.items() if k in names})
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def latent_channels(self) -> int:
+        return self.out_channels
+
+    @property
+    def text_dims(self) -> dict[str, int]:
+        return {TEXT: self.joint_attention_dim}
+
+    @property
+    def token_multiple(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return self.patch_size
+
+
+@dataclass
+class TimeCondition:
+    """Of S timesteps: the time embedding (S, d), and per block the vectors that modulate image
+    and text, (S, 6, d) each."""
+
+    embedding: mx.array
+    blocks: list[tuple[mx.array, mx.array]]
+
+    def __getitem__(self, i) -> Self:
+        return TimeCondition(self.embedding[i], [(a[i], b[i]) for a, b in self.blocks])
+
+
+@dataclass
+class TextCondition:
+    """Text tokens (B, L, d) and their mask (B, L)."""
+
+    tokens: mx.array
+    mask: mx.array
+
+    def join(self, other: Self) -> Self:
+        """Both along the batch; the shorter one is padded with masked tokens."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        pair = [
+            (
+                mx.pad(c.tokens, [(0, 0), (0, length - c.mask.shape[1]), (0, 0)]),
+                mx.pad(c.mask, [(0, 0), (0, length - c.mask.shape[1])]),
+            )
+            for c in (self, other)
+        ]
+        return TextCondition(*(mx.concatenate(parts) for parts in zip(*pair, strict=True)))
+
+
+def pack(x: mx.array, patch: int) -> mx.array:
+    """(B, H, W, C) -> (B, H/p, W/p, C·p·p): a patch's rows and columns are fastest."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // patch, patch, W // patch, patch, C).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(B, H // patch, W // patch, C * patch * patch)
+
+
+def unpack(x: mx.array, patch: int) -> mx.array:
+    """Inverse of ``pack``."""
+    B, h, w, _ = x.shape
+    x = x.reshape(B, h, w, -1, patch, patch).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(B, h * patch, w * patch, -1)
+
+
+def rope_table(
+    grid: tuple[int, int], length: int, axes: tuple[int, int, int]
+) -> tuple[mx.array, mx.array]:
+    """cos and sin, each (L + N, 1, D/2) float32, of ``length`` text tokens and then the picture's.
+
+    A head's dims turn by frame, row and column. The picture's frame is 0, its rows and columns
+    are counted from its centre; a text's positions, the same on all three axes, go on where the
+    longer side of the picture ends.
+    """
+    h, w = grid
+    start = max(h // 2, w // 2)
+    if start + length > MAX_POSITIONS:
+        raise SnapGenError(f"a text of {length} tokens is too long for {h}x{w} image tokens")
+    text = np.arange(start, start + length)
+    rows, columns = np.arange(h) - (h - h // 2), np.arange(w) - (w - w // 2)
+    image = [np.zeros(h * w, int), np.repeat(rows, w), np.tile(columns, h)]
+    angles = []
+    for dim, positions in zip(axes, image, strict=True):
+        powers = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        freqs = 1 / np.power(np.float32(THETA), powers)
+        angles.append(np.concatenate([text, positions]).astype(np.float32)[:, None] * freqs)
+    angles = mx.array(np.concatenate(angles, axis=1)[:, None])
+    return mx.cos(angles), mx.sin(angles)
+
+
+class Attention(nn.Module):
+    """Joint attention: each stream has its own projections, all tokens attend to all."""
+
+    def __init__(self, config: QwenImageConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(d, d) for _ in range(3))
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(d, d) for _ in range(3))
+        self.to_out, self.to_add_out = [nn.Linear(d, d)], nn.Linear(d, d)
+        norms = (nn.RMSNorm(config.attention_head_dim, eps=EPS) for _ in range(4))
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norms
+
+    def __call__(self, image, text, mask, rope) -> tuple[mx.array, mx.array]:
+        """image (B, N, d), text (B, L, d), mask (B, 1, 1, L + N) -> both streams' updates."""
+        B, L, d = text.shape
+
+        def joint(of_text, of_image):
+            return mx.concatenate([of_text, of_image], axis=1)
+
+        def heads(x):
+            return x.reshape(B, x.shape[1], self.heads, -1)
+
+        q = joint(
+            self.norm_added_q(heads(self.add_q_proj(text))), self.norm_q(heads(self.to_q(image)))
+        )
+        k = joint(
+            self.norm_added_k(heads(self.add_k_proj(text))), self.norm_k(heads(self.to_k(image)))
+        )
+        v = joint(heads(self.add_v_proj(text)), heads(self.to_v(image)))
+        q, k, v = (a.swapaxes(1, 2) for a in (apply_rope(q, rope), apply_rope(k, rope), v))
+        out = sdpa(q, k, v, mask).swapaxes(1, 2).reshape(B, -1, d)
+        return self.to_out[0](out[:, L:]), self.to_add_out(out[:, :L])
+
+
+class Gelu(nn.Module):
+    def __init__(self, d: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(d, hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu_tanh(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.net = [Gelu(d, 4 * d), nn.Identity(), nn.Linear(4 * d, d)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.net[2](self.net[0](x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: QwenImageConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.img_mod = [nn.SiLU(), nn.Linear(d, 6 * d)]
+        self.txt_mod = [nn.SiLU(), nn.Linear(d, 6 * d)]
+        self.attn = Attention(config)
+        self.img_mlp, self.txt_mlp = FeedForward(d), FeedForward(d)
+
+    def modulation(self, embedding: mx.array) -> tuple[mx.array, mx.array]:
+        """Time embeddings (S, d) -> of image and text (S, 6, d): shift, scale, gate, twice."""
+        hidden = nn.silu(embedding)
+        return tuple(m[1](hidden).reshape(len(hidden), 6, -1) for m in (self.img_mod, self.txt_mod))
+
+    def __call__(self, image, text, modulation, mask, rope) -> tuple[mx.array, mx.array]:
+        (shift1, scale1, gate1, shift2, scale2, gate2), of_text = (
+            [m[:, None, i] for i in range(6)] for m in modulation
+        )
+        by_image, by_text = self.attn(
+            modulate(image, shift1, scale1), modulate(text, of_text[0], of_text[1]), mask, rope
+        )
+        image, text = image + gate1 * by_image, text + of_text[2] * by_text
+        image = image + gate2 * self.img_mlp(modulate(image, shift2, scale2))
+        text = text + of_text[5] * self.txt_mlp(modulate(text, of_text[3], of_text[4]))
+        return image, text
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(2 * len(FREQUENCIES), d)
+        self.linear_2 = nn.Linear(d, d)
+
+    def __call__(self, t: mx.array) -> mx.array:
+        angles = 1000 * (t.astype(mx.float32)[:, None] * mx.array(FREQUENCIES))
+        x = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+        return self.linear_2(nn.silu(self.linear_1(x.astype(self.linear_1.bias.dtype))))
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, d: int):
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(d)
+
+
+class Final(nn.Module):
+    """The last norm's modulation: scale, then shift."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.linear = nn.Linear(d, 2 * d)
+
+    def __call__(self, x: mx.array, embedding: mx.array) -> mx.array:
+        scale, shift = mx.split(self.linear(nn.silu(embedding))[:, None], 2, axis=-1)
+        return modulate(x, shift, scale)
+
+
+class QwenImage(nn.Module):
+    """Predicts the velocity of a noisy latent from time and text."""
+
+    def __init__(self, config: QwenImageConfig):
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.time_text_embed = TimeEmbedding(d)
+        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.img_in = nn.Linear(config.in_channels, d)
+        self.txt_in = nn.Linear(config.joint_attention_dim, d)
+        self.transformer_blocks = [Block(config) for _ in range(config.num_layers)]
+        self.norm_out = Final(d)
+        self.proj_out = nn.Linear(d, config.in_channels)
+
+    def condition_time(self, t: mx.array) -> TimeCondition:
+        """t (S,) in [0, 1] -> the modulation of every block, computed once for a schedule.
+
+        A third of the model's weights are used here alone.
+        """
+        embedding = self.time_text_embed.timestep_embedder(t)
+        return TimeCondition(embedding, [b.modulation(embedding) for b in self.transformer_blocks])
+
+    def condition_text(self, text: dict, masks: dict | None, batch: int) -> TextCondition:
+        """text {"qwen": (B, L, dim)}, masks {"qwen": (B, L) bool}; without text, the picture's
+        tokens attend to each other alone."""
+        states, mask = text.get(TEXT), (masks or {}).get(TEXT)
+        dtype, d = self.txt_in.bias.dtype, self.config.hidden_size
+        if states is None:
+            return TextCondition(mx.zeros((batch, 1, d), dtype), mx.zeros((batch, 1), mx.bool_))
+        mask = mx.ones(states.shape[:2], mx.bool_) if mask is None else mask
+        return TextCondition(self.txt_in(self.txt_norm(states.astype(dtype))), mask)
+
+    def __call__(self, x: mx.array, t: mx.array, text: dict, masks: dict | None = None) -> mx.array:
+        """Velocity at x_t.
+
+        Args: x (B, H, W, C) noisy latent, H and W multiples of patch_size; t (B,) in [0, 1];
+            text {"qwen": (B, L, dim)}; masks {"qwen": (B, L)} bool, True = valid.
+        Returns: v (B, H, W, C).
+        """
+        time = self.condition_time(t)
+        return self.denoise(x, time, self.condition_text(text, masks, len(x)))
+
+    def denoise(self, x: mx.array, time: TimeCondition, text: TextCondition) -> mx.array:
+        """Velocity (B, H, W, C) from precomputed conditions; ``time`` has 1 or B rows."""
+        return self.head(self.features(x, time, text), time)
+
+    def features(self, x: mx.array, time: TimeCondition, text: TextCondition) -> mx.array:
+        """Image tokens (B, h, w, d) after the last block; earlier ones are evaluated on the way."""
+        x = self.img_in(pack(x, self.config.patch_size).astype(self.img_in.bias.dtype))
+        B, h, w, d = x.shape
+        image, tokens = x.reshape(B, h * w, d), text.tokens
+        rope = rope_table((h, w), tokens.shape[1], self.config.axes_dims_rope)
+        seen = mx.ones((B, h * w), mx.bool_)
+        mask = mx.concatenate([text.mask, seen], axis=1)[:, None, None]
+        for i, (block, m) in enumerate(zip(self.transformer_blocks, time.blocks, strict=True)):
+            image, tokens = block(image, tokens, m, mask, rope)
+            if i % GROUP == GROUP - 1:
+                mx.eval(image, tokens)
+        return image.reshape(B, h, w, d)
+
+    def head(self, features: mx.array, time: TimeCondition) -> mx.array:
+        """Velocity (B, H, W, C) from the last block's tokens (B, h, w, d)."""
+        B, h, w, d = features.shape
+        out = self.proj_out(self.norm_out(features.reshape(B, h * w, d), time.embedding))
+        return unpack(out.reshape(B, h, w, -1), self.config.patch_size)
