@@ -1,0 +1,89 @@
+"""The decoder of TAEHV, a tiny video autoencoder (madebyollin/taehv), for one image.
+
+Its file for Wan 2.1, taew2.1, decodes Qwen-Image's latents as well. A latent becomes four frames,
+of which the last is the image; only what that frame needs is computed. A block also sees what the
+block before saw one frame earlier, and nothing (zeros) at the first frame.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .tiny_decoder import upsample_nearest
+
+CHANNELS = (256, 128, 64, 64)  # of the three stages, and of what is turned into pixels
+LIMIT = 3.0  # of a latent's values; tanh bends them towards it
+
+
+@dataclass
+class TAEHVConfig:
+    image_channels: ClassVar[int] = 3
+    downsampling: ClassVar[int] = 8
+    latent_channels: int = 16
+
+
+class MemoryBlock(nn.Module):
+    """A residual block of three convolutions on the frame and the one before it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        relu = nn.ReLU()
+        first = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        second, third = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.conv = [first, relu, second, relu, third]
+
+    def __call__(self, x: mx.array, past: mx.array | None = None) -> mx.array:
+        """x, past (B, H, W, C); past: what the block saw one frame earlier."""
+        first, relu, second, _, third = self.conv
+        if past is None:  # a convolution of zeros is left out
+            h = mx.conv2d(x, first.weight[..., : x.shape[-1]], padding=1) + first.bias
+        else:
+            h = first(mx.concatenate([x, past], axis=-1))
+        return relu(third(relu(second(relu(h)))) + x)
+
+
+class Grow(nn.Module):
+    """A frame's channels to those of ``frames`` frames, the earliest first."""
+
+    def __init__(self, channels: int, frames: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels * frames, 1, bias=False)
+
+
+class TAEHVDecoder(nn.Module):
+    def __init__(self, config: TAEHVConfig):
+        super().__init__()
+        self.config = config
+        # As in the original's list, where layers without weights have a place too.
+        self.decoder = [nn.Identity(), nn.Conv2d(config.latent_channels, CHANNELS[0], 3, padding=1)]
+        self.decoder.append(nn.ReLU())
+        for i, frames in enumerate((1, 2, 2)):
+            self.decoder += [MemoryBlock(CHANNELS[i]) for _ in range(3)]
+            self.decoder += [nn.Identity(), Grow(CHANNELS[i], frames)]
+            conv = nn.Conv2d(CHANNELS[i], CHANNELS[i + 1], 3, padding=1, bias=False)
+            self.decoder.append(conv)
+        self.decoder += [nn.ReLU(), nn.Conv2d(CHANNELS[-1], config.image_channels, 3, padding=1)]
+
+    def __call__(self, latents: mx.array) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3), about in [0, 1]."""
+        d = self.decoder
+        x = nn.relu(d[1](LIMIT * mx.tanh(latents / LIMIT)))
+        for block in d[3:6]:
+            x = block(x)
+        x = d[8](d[7].conv(upsample_nearest(x)))
+        for block in d[9:12]:
+            x = block(x)
+        # Two frames from here on: each block of the later one sees what the earlier one's saw.
+        past, x = mx.split(d[13].conv(upsample_nearest(x)), 2, axis=-1)
+        past, x = d[14](past), d[14](x)
+        for block in d[15:18]:
+            past, x = block(past), block(x, past)
+        last = d[19].conv.weight[CHANNELS[2] :]  # of its two frames
+        x = d[20](mx.conv2d(upsample_nearest(x), last))
+        return d[22](nn.relu(x))
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1]."""
+        return 2 * mx.clip(self(latents.astype(self.decoder[1].bias.dtype)), 0, 1) - 1
