@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from . import distributed
 from .data import Batch
-from .model import SnapGenPPTransformer2DModel, leading
+from .distributed import local, local_slice, split_like, whole
+from .model import SnapGenPPTransformer2DModel
 from .text import NAME, WordTransformer
 
 RATIO_EMA = 0.99
@@ -40,6 +43,7 @@ class Training:
     shift: float = 1.0  # of the training timesteps
     bf16: bool = True
     compile: bool = False
+    split: bool = False  # parameters over the processes (FSDP2), in place of a copy in each (DDP)
     checkpointing: bool = False
     seed: int = 0
     first_shards: int = 1
@@ -100,6 +104,7 @@ class Elastic:
         self.widths = network.dit.config.widths
         self.full = len(self.widths) - 1
         self.params = dict(network.named_parameters())
+        self.split = any(isinstance(p, DTensor) for p in self.params.values())
         self.groups = {f"dit.{k}": g for k, g in network.dit.sliced().items()}
         self.device = next(iter(self.params.values())).device
         self.optimizer = torch.optim.AdamW(
@@ -131,10 +136,10 @@ class Elastic:
         v_full = self.velocity(x_t, batch, self.full)
         loss = F.mse_loss(v_full, target)
         loss.backward()
-        metrics = {"loss/full": loss.detach()}
+        metrics = {"loss/full": distributed.mean(loss.detach())}
         if self.full:
             metrics |= self.add_subnet(x_t, target, batch, v_full.detach())
-        size = nn.utils.clip_grad_norm_(self.params.values(), self.options.clip)
+        size = self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average()
@@ -143,7 +148,7 @@ class Elastic:
 
     def add_subnet(self, x_t, target, batch: Batch, v_full: Tensor) -> dict[str, Tensor]:
         """Backward pass of the narrower width; its gradients join those of the full one."""
-        full = {k: p.grad for k, p in self.params.items() if p.grad is not None}
+        full = self.gradients()
         self.optimizer.zero_grad()
         i = batch.subnet
         v = self.velocity(x_t, batch, i)
@@ -152,11 +157,11 @@ class Elastic:
         (loss + self.options.distill * distill).backward()
 
         shared = [k for k in full if not is_isolated(k)]
-        sub = [self.params[k].grad for k in shared]
-        own = [leading(full[k], self.groups.get(k, ()), self.widths[i]) for k in shared]
-        n_full, n_sub = norm(own), norm(sub)
+        sub = [local(self.params[k].grad) for k in shared]
+        own = [local_slice(full[k], self.groups.get(k, ()), self.widths[i]) for k in shared]
+        n_full, n_sub = (distributed.norm(grads, self.split) for grads in (own, sub))
         # Beyond the slice the narrower width's gradients are 0, and so are the products.
-        dot = sum((full[k] * g).sum() for k, g in zip(shared, sub, strict=True))
+        dot = distributed.dot([local(full[k]) for k in shared], sub, self.split)
         now = n_full / n_sub.clamp(min=1e-12)
         mean = RATIO_EMA * self.ratios[i] + (1 - RATIO_EMA) * now
         self.ratios[i] = torch.where(self.ratios[i] == 0, now, mean)
@@ -166,30 +171,42 @@ class Elastic:
             if p.grad is None:
                 p.grad = full.get(k)
             else:
-                p.grad.mul_(weight)
+                grad = local(p.grad).mul_(weight)
                 if k in full:
-                    p.grad.add_(full[k])
+                    grad.add_(local(full[k]))
         name = f"{self.widths[i]:g}"
         return {
-            f"loss/{name}": loss.detach(),
-            f"distill/{name}": distill.detach(),
+            f"loss/{name}": distributed.mean(loss.detach()),
+            f"distill/{name}": distributed.mean(distill.detach()),
             f"w/{name}": weight,
             f"ratio/{name}": now,
             f"cos/{name}": dot / (n_full * n_sub).clamp(min=1e-12),
         }
 
+    def gradients(self) -> dict[str, Tensor]:
+        return {k: p.grad for k, p in self.params.items() if p.grad is not None}
+
+    def clip(self) -> Tensor:
+        """Bring the gradients' norm down to `clip`; returns what it was."""
+        grads = [local(g) for g in self.gradients().values()]
+        size = distributed.norm(grads, self.split)
+        torch._foreach_mul_(grads, (self.options.clip / (size + 1e-6)).clamp(max=1.0))
+        return size
+
     @torch.no_grad()
     def average(self) -> None:
         decay = min(self.options.ema, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.params.values()), 1 - decay)
+        ema, params = ([local(a) for a in d.values()] for d in (self.ema, self.params))
+        torch._foreach_lerp_(ema, params, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the parameters and their running mean."""
         for k, p in self.params.items():
-            kept = p.clone()
-            p.copy_(self.ema[k])
-            self.ema[k].copy_(kept)
+            now, mean = local(p), local(self.ema[k])
+            kept = now.clone()
+            now.copy_(mean)
+            mean.copy_(kept)
 
     @torch.no_grad()
     def validate(self, batches: list[Batch]) -> dict[str, float]:
@@ -210,24 +227,28 @@ class Elastic:
             self.swap()
 
     def state(self) -> dict:
-        """Everything that changes."""
+        """Everything that changes, tensors whole; every process must ask."""
+        optimizer = self.optimizer.state_dict()
+        moments = optimizer["state"]
+        moments = {i: {n: whole(a) for n, a in moment.items()} for i, moment in moments.items()}
         return {
             "step": self.steps,
-            "params": {k: p.detach() for k, p in self.params.items()},
-            "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "params": {k: whole(p.detach()) for k, p in self.params.items()},
+            "ema": {k: whole(a) for k, a in self.ema.items()},
+            "optimizer": optimizer | {"state": moments},
             "ratios": self.ratios,
         }
 
     @torch.no_grad()
     def restore(self, state: dict) -> None:
         for k, p in self.params.items():
-            p.copy_(state["params"][k])
-            self.ema[k].copy_(state["ema"][k])
-        self.optimizer.load_state_dict(state["optimizer"])
+            p.copy_(split_like(state["params"][k], p))
+            self.ema[k].copy_(split_like(state["ema"][k], p))
+        params = list(self.params.values())
+        moments = {
+            i: {n: split_like(a, params[i]) for n, a in moment.items()}
+            for i, moment in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         self.ratios.copy_(state["ratios"])
         self.steps = state["step"]
-
-
-def norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

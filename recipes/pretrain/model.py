@@ -9,7 +9,6 @@ the modulation stay float32 under `torch.autocast`; matrices multiply in the aut
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +66,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-@lru_cache(maxsize=32)
 def rope_table(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device):
     """cos and sin, each (rows·columns, head_dim / 2) float32: half by row, half by column."""
     quarter = head_dim // 4
@@ -393,9 +391,13 @@ class SnapGenPPTransformer2DModel(nn.Module):
         temb, shared = self.time_embed[index](t)
         caption, mask = self.text_embed(text, masks, B)
 
+        ropes = {
+            grid: rope_table(grid, config.head_dim, config.rope_theta, x.device)
+            for grid in (fine, coarse)
+        }
+
         def run(block, x, grid, kept=None):
-            rope = rope_table(grid, config.head_dim, config.rope_theta, x.device)
-            args = x, kept, shared, caption, mask, rope, grid, index, width
+            args = x, kept, shared, caption, mask, ropes[grid], grid, index, width
             if self.checkpointing and self.training:
                 return checkpoint(block, *args, use_reentrant=False)
             return block(*args)

@@ -13,6 +13,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import atomic_write
 from snapgen_mlx.training.checkpoint import locked
 
+from . import distributed
 from . import state as states
 from .data import Shards, noise_like
 from .elastic import Elastic, Network, Training
@@ -32,15 +34,12 @@ from .text import NAME, WordTransformer, load_words, pad
 
 WORD_TABLE = Path(__file__).parents[2] / "snapgen_mlx" / "assets" / "embedded" / "text_encoder"
 SAVE_EVERY = 300.0  # seconds
+WAIT = 2.0  # seconds between two looks for a shard that is not there yet
 SHEET_STEPS, SHEET_GUIDANCE = 12, 4.0
 
 
-class Stopped(Exception):
-    """The user asked the run to end."""
-
-
-def read_config(path: Path) -> tuple[dict, dict, Training]:
-    """(transformer, text, training) of a run's JSON file.
+def read_config(path: Path) -> tuple[dict, dict | None, Training]:
+    """(transformer, text, training) of a run's JSON file; text is None for states in the shards.
 
     Raises:
         UsageError: it is no such file; says which key is wrong.
@@ -53,7 +52,7 @@ def read_config(path: Path) -> tuple[dict, dict, Training]:
         names = {field.name for field in dataclasses.fields(Training)}
         if unknown := set(training) - names:
             raise UsageError(f"{path}: unknown key {min(unknown)!r} of training")
-        return config["transformer"], config.get("text", {}), Training(**training)
+        return config["transformer"], config.get("text"), Training(**training)
     except OSError as e:
         raise UsageError(f"cannot read {path}: {e.strerror}") from e
     except (ValueError, TypeError, AttributeError) as e:
@@ -62,14 +61,17 @@ def read_config(path: Path) -> tuple[dict, dict, Training]:
         raise UsageError(f"{path} lacks the part {e}") from e
 
 
-def build(transformer: dict, text: dict, training: Training, table: Path) -> Network:
+def build(transformer: dict, text: dict | None, training: Training, table: Path) -> Network:
     """The network of a configuration, freshly initialised from the seed."""
     torch.manual_seed(training.seed)
-    try:
-        encoder = WordTransformer.from_table(table, **text)
-    except TypeError as e:
-        raise UsageError(f"the configuration's text part: {e}") from e
-    config = DiTConfig.from_dict({**transformer, "text_dims": {NAME: encoder.config.dim}})
+    encoder = None
+    if text is not None:
+        try:
+            encoder = WordTransformer.from_table(table, **text)
+        except TypeError as e:
+            raise UsageError(f"the configuration's text part: {e}") from e
+        transformer = {**transformer, "text_dims": {NAME: encoder.config.dim}}
+    config = DiTConfig.from_dict(transformer)
     if not (config.mid_skips and config.downsample):
         raise UsageError("mid_skips and downsample cannot be switched off in pretraining")
     return Network(SnapGenPPTransformer2DModel(config, training.checkpointing), encoder)
@@ -77,7 +79,9 @@ def build(transformer: dict, text: dict, training: Training, table: Path) -> Net
 
 def geometry(network: Network) -> dict:
     """What a state must agree in with the network that it is loaded into, flat."""
-    parts = {"text": network.text.config.to_dict(), "transformer": network.dit.config.to_dict()}
+    parts = {"transformer": network.dit.config.to_dict()}
+    if network.text:
+        parts["text"] = network.text.config.to_dict()
     return {f"{part} {k}": v for part, config in parts.items() for k, v in config.items()}
 
 
@@ -116,79 +120,118 @@ class Log:
         print(" ".join(f"{k} {v}" for k, v in record.items()), flush=True)
 
 
+class Meter:
+    """Means of what the steps report, and their speed.
+
+    Args:
+        batch: samples of a step.
+    """
+
+    def __init__(self, batch: int):
+        self.batch = batch
+        self.reset()
+
+    def reset(self) -> None:
+        self.values, self.steps, self.seconds = {}, 0, 0.0
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def add(self, metrics: dict) -> None:
+        for k, v in metrics.items():
+            self.values.setdefault(k, []).append(v)
+        self.steps += 1
+        self.seconds += time.monotonic() - self.started
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call."""
+        self.start()
+        out = {k: torch.stack(v).mean().item() for k, v in self.values.items()}
+        # A GPU is done only now.
+        seconds = self.seconds + time.monotonic() - self.started
+        out |= {
+            "seconds": seconds / self.steps,
+            "samples_per_second": self.batch * self.steps / seconds,
+        }
+        self.reset()
+        return out
+
+
 class Run:
-    """The loop around a trainer: shards, log, validation, sheets, state."""
+    """The loop around a trainer: shards, log, validation, sheets, state.
+
+    Args:
+        decode: makes a picture of a sheet's latents (`decoder`); None for none.
+    """
 
     def __init__(self, trainer: Elastic, shards: Shards, folder: Path, decode=None):
         self.trainer, self.shards, self.folder, self.decode = trainer, shards, folder, decode
-        self.options = trainer.options
+        self.first = distributed.rank() == 0  # of the processes: it writes
+        self.log = Log(folder / "log.jsonl", trainer.steps) if self.first else None
+        self.saved = time.monotonic()
         self.stopping = False
-        self.waited_for = None
-        self.log = None
 
     def stop(self, *_) -> None:
         self.stopping = True
 
-    def waiting(self, name: str) -> None:
-        if self.stopping:
-            raise Stopped
-        if name != self.waited_for:
-            self.log.write({"step": self.trainer.steps, "waiting_for": name})
-            self.waited_for = name
+    def write(self, record: dict) -> None:
+        if self.first:
+            self.log.write({"step": self.trainer.steps, **record})
 
     def save(self) -> None:
         state = {**self.trainer.state(), "geometry": geometry(self.trainer.network)}
-        states.save(self.folder, state)
+        if self.first:
+            states.save(self.folder, state)
+        self.saved = time.monotonic()
 
-    def loop(self, last: int | None) -> None:
-        """Train until step `last` (None: until stopped)."""
-        trainer, o = self.trainer, self.options
-        self.log = Log(self.folder / "log.jsonl", trainer.steps)
-        try:
-            heldout = self.shards.heldout(o.validation_samples, o.batch)
-            heldout = [batch.to(trainer.device) for batch in heldout]
-            sums, start, saved = {}, time.monotonic(), time.monotonic()
-            while not self.stopping and (last is None or trainer.steps < last):
-                self.shards.visible(trainer.steps, self.waiting)
-                batch = self.shards.batch(
-                    trainer.steps,
-                    o.batch,
-                    slice(0, o.batch),
-                    trainer.full,
-                    o.text_dropout,
-                    o.shift,
-                )
-                for k, v in trainer.step(batch.to(trainer.device)).items():
-                    total, n = sums.get(k, (0.0, 0))
-                    sums[k] = total + v, n + 1
-                step = trainer.steps
-                if step % o.log_every == 0:
-                    record = {"step": step, **{k: float(v) / n for k, (v, n) in sums.items()}}
-                    seconds = time.monotonic() - start
-                    steps = next(iter(sums.values()))[1]
-                    record |= {"rate": o.rate(step - 1), "seconds": seconds / steps}
-                    record |= {"samples_per_second": o.batch * steps / seconds}
-                    self.log.write(record)
-                    sums = {}
-                if heldout and step % o.validate_every == 0:
-                    self.log.write({"step": step, **trainer.validate(heldout)})
-                if o.prompts and step % o.sheet_every == 0:
-                    self.sheet()
-                if time.monotonic() - saved > SAVE_EVERY:
-                    self.save()
-                    saved = time.monotonic()
-                if step % o.log_every == 0:
-                    start = time.monotonic()
-        except Stopped:
-            pass
+    def ready(self) -> bool:
+        """Wait for the next step's shards and save what is due; False when the run is to end."""
+        waited_for = None
+        while True:
+            missing = self.shards.missing(self.trainer.steps)
+            due = time.monotonic() - self.saved > SAVE_EVERY
+            flags = [self.stopping, due, missing is not None]
+            stop, save, wait = distributed.any_process(flags, self.trainer.device)
+            if save or stop:
+                self.save()
+            if stop or not wait:
+                return not stop
+            if missing and missing != waited_for:
+                self.write({"waiting_for": missing})
+                waited_for = missing
+            time.sleep(WAIT)
+
+    def loop(self) -> None:
+        """Train until the last step, or until stopped."""
+        trainer, o = self.trainer, self.trainer.options
+        share = o.batch // distributed.processes()
+        rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+        heldout = self.shards.heldout(o.validation_samples, share)
+        heldout = [batch.to(trainer.device) for batch in heldout]
+        meter = Meter(o.batch)
+        while o.steps is None or trainer.steps < o.steps:
+            if not self.ready():
+                return
+            meter.start()
+            batch = self.shards.batch(
+                trainer.steps, o.batch, rows, trainer.full, o.text_dropout, o.shift
+            )
+            meter.add(trainer.step(batch.to(trainer.device)))
+            step = trainer.steps
+            if step % o.log_every == 0:
+                self.write({**meter.read(), "rate": o.rate(step - 1)})
+            if heldout and step % o.validate_every == 0:
+                self.write(trainer.validate(heldout))
+            if o.prompts and trainer.network.text and step % o.sheet_every == 0:
+                self.sheet()
         self.save()
 
     def sheet(self) -> None:
         """Latents of the fixed prompts at every width with the averaged weights, and a picture."""
-        trainer = self.trainer
+        trainer, prompts = self.trainer, self.trainer.options.prompts
         shape = self.shards.shards[0].latents.shape[1:]
-        count = len(self.options.prompts)
-        ids, mask = pad(self.shards.words.ids(list(self.options.prompts)))
+        count = len(prompts)
+        ids, mask = pad(self.shards.words.ids(list(prompts)))
         noise = noise_like(torch.empty(count, *shape), range(count)).to(trainer.device)
         text, masks = {NAME: ids.to(trainer.device)}, {NAME: mask.to(trainer.device)}
         trainer.swap()
@@ -202,12 +245,13 @@ class Run:
                 ]
         finally:
             trainer.swap()
-        latents = torch.stack(rows)
-        path = self.folder / "sheets" / f"{trainer.steps:07d}.safetensors"
-        with atomic_write(path) as temporary:
-            save_file({"latents": latents}, temporary)
-        if self.decode:
-            self.decode(latents).save(path.with_suffix(".png"))
+        if self.first:
+            latents = torch.stack(rows)
+            path = self.folder / "sheets" / f"{trainer.steps:07d}.safetensors"
+            with atomic_write(path) as temporary:
+                save_file({"latents": latents}, temporary)
+            if self.decode:
+                self.decode(latents).save(path.with_suffix(".png"))
 
 
 def decoder(folder: Path):
@@ -235,20 +279,33 @@ def decoder(folder: Path):
 
 def train(args) -> None:
     transformer, text, options = read_config(args.config)
-    network = build(transformer, text, options, args.words).to(args.device)
-    forward = torch.compile(network, dynamic=False) if options.compile else network
-    trainer = Elastic(network, options, forward)
-    words = load_words(args.words, network.text.config)
-    channels = network.dit.config.in_channels
+    device = distributed.start(args.device)
+    if options.batch % distributed.processes():
+        raise UsageError(f"{distributed.processes()} processes do not divide {options.batch}")
+    network = build(transformer, text, options, args.words).to(device)
+    config = network.dit.config
+    words = load_words(args.words, network.text.config) if network.text else None
     shards = Shards(
-        args.data, words, channels, options.seed, options.first_shards, options.steps_per_shard
+        args.data,
+        words,
+        [] if words else list(config.text_dims),
+        config.in_channels,
+        options.seed,
+        options.first_shards,
+        options.steps_per_shard,
     )
-    with locked(args.out):
+    if options.split:
+        distributed.shard(network, device)
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+    if distributed.processes() > 1 and not options.split:
+        forward = distributed.replicate(forward)
+    with locked(args.out) if distributed.rank() == 0 else nullcontext():
+        trainer = Elastic(network, options, forward)
         resume(trainer, args.out)
         run = Run(trainer, shards, args.out, decoder(args.vae) if args.vae else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, run.stop)
-        run.loop(options.steps)
+        run.loop()
 
 
 def main(argv=None) -> int:
