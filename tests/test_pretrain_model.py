@@ -53,6 +53,7 @@ def error(ours, reference) -> float:
         ({"bna_radius": 2}, (24, 16)),
         ({"bna_blocks": 4, "bna_radius": 4}, (16, 16)),  # every block sees all
         ({"patch_size": 1}, (8, 8)),
+        ({"patch_size": 4}, (32, 32)),
         ({"layers": [1, 4, 1], "num_kv_heads": 16}, (16, 16)),
         ({"text_dims": {"words": 16}}, (16, 16)),
         ({"rope_theta": 100, "cross_kv_heads": 2}, (16, 16)),

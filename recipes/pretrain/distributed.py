@@ -32,6 +32,12 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wait() -> None:
+    """Until every process is here."""
+    if processes() > 1:
+        dist.barrier()
+
+
 def any_process(flags: list[bool], device: torch.device) -> list[bool]:
     """Which of the flags are true in any process; all get the same answer."""
     if processes() == 1:

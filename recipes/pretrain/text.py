@@ -4,7 +4,6 @@ small pre-norm transformer, so that word order and binding reach the cross-atten
 Its folder is that of the MLX class `WordTransformer`: config.json, weights, vocab.txt, emoji.json.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,18 +82,15 @@ class WordTransformer(nn.Module):
         Raises:
             SnapGenError: the folder holds no whole word table.
         """
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "model.safetensors")
-            table, scale = tensors["table"], tensors["scale"]
-            sizes = {"max_length": config["max_length"]} | sizes
-        except Exception as e:  # the many ways in which a file is missing or damaged
-            raise SnapGenError(f"cannot read the word table in {folder}: {e}") from e
+        table, _ = read_table(folder)
         model = cls(TextConfig(vocab_size=len(table), word_dim=table.shape[1], **sizes))
-        model.table.copy_(table)
-        model.scale.copy_(scale)
+        model.read_table(folder)
         return model
+
+    def read_table(self, folder) -> None:
+        """Fill the table from that in `folder`, of the same size."""
+        for buffer, values in zip((self.table, self.scale), read_table(folder), strict=True):
+            buffer.copy_(values)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         words = self.table[ids].float() * self.scale[ids].float()[..., None]
@@ -105,6 +101,16 @@ class WordTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         return torch.where(mask[..., None], self.norm(x), 0)
+
+
+def read_table(folder) -> tuple[Tensor, Tensor]:
+    """Rows (V, word_dim) int8 and their scales (V,) of a word table's folder."""
+    file = Path(folder) / "model.safetensors"
+    try:
+        tensors = load_file(file)
+        return tensors["table"], tensors["scale"]
+    except Exception as e:  # the many ways in which a file is missing or damaged
+        raise SnapGenError(f"cannot read the word table {file}: {e}") from e
 
 
 def sinusoids(length: int, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ its share of each batch.
 import argparse
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError, UsageError
-from snapgen_mlx.files import atomic_write
+from snapgen_mlx.files import atomic_folder, atomic_write
 from snapgen_mlx.training.checkpoint import locked
 
 from . import distributed
@@ -33,6 +34,7 @@ from .sample import denoise
 from .text import NAME, WordTransformer, load_words, pad
 
 WORD_TABLE = Path(__file__).parents[2] / "snapgen_mlx" / "assets" / "embedded" / "text_encoder"
+WORD_FILES = ("config.json", "model.safetensors", "vocab.txt", "emoji.json")
 SAVE_EVERY = 300.0  # seconds
 WAIT = 2.0  # seconds between two looks for a shard that is not there yet
 SHEET_STEPS, SHEET_GUIDANCE = 12, 4.0
@@ -77,27 +79,39 @@ def build(transformer: dict, text: dict | None, training: Training, table: Path)
     return Network(SnapGenPPTransformer2DModel(config, training.checkpointing), encoder)
 
 
-def geometry(network: Network) -> dict:
-    """What a state must agree in with the network that it is loaded into, flat."""
-    parts = {"transformer": network.dit.config.to_dict()}
-    if network.text:
-        parts["text"] = network.text.config.to_dict()
-    return {f"{part} {k}": v for part, config in parts.items() for k, v in config.items()}
+def geometry(network: Network) -> dict[str, dict]:
+    """What a state must agree in with the network that it is loaded into."""
+    text = {"text": network.text.config.to_dict()} if network.text else {}
+    return {"transformer": network.dit.config.to_dict(), **text}
 
 
-def resume(trainer: Elastic, folder: Path) -> bool:
+def resume(trainer: Elastic, folder: Path) -> None:
     """Load the run's state, if there is one. Raises UsageError for another geometry's."""
     state = states.load(folder)
     if state is None:
-        return False
-    for key, value in geometry(trainer.network).items():
-        if state["geometry"].get(key) != value:
-            raise UsageError(
-                f"the run in {folder} has {key} {state['geometry'].get(key)}, the configuration "
-                f"{value}; choose another --out"
-            )
+        return
+    own = geometry(trainer.network)
+    for part in ("transformer", "text"):
+        there, here = (sizes.get(part, {}) for sizes in (state["geometry"], own))
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                raise UsageError(
+                    f"the run in {folder} has {part} {key} {there.get(key)}, the configuration "
+                    f"{here.get(key)}; choose another --out"
+                )
     trainer.restore(state)
-    return True
+
+
+def keep_words(table: Path, folder: Path) -> Path:
+    """Copy the word table into the run's folder, which thereby is whole; the copy's folder."""
+    copy = folder / "words"
+    if distributed.rank() == 0 and not copy.exists():
+        with atomic_folder(copy) as temporary:
+            for name in WORD_FILES:
+                if (table / name).exists():
+                    shutil.copyfile(table / name, temporary / name)
+    distributed.wait()
+    return copy
 
 
 class Log:
@@ -179,7 +193,9 @@ class Run:
             self.log.write({"step": self.trainer.steps, **record})
 
     def save(self) -> None:
-        state = {**self.trainer.state(), "geometry": geometry(self.trainer.network)}
+        state = self.trainer.state() | {"geometry": geometry(self.trainer.network)}
+        if self.shards.shards:
+            state["latents"] = list(self.shards.shards[0].latents.shape[1:])
         if self.first:
             states.save(self.folder, state)
         self.saved = time.monotonic()
@@ -282,24 +298,25 @@ def train(args) -> None:
     device = distributed.start(args.device)
     if options.batch % distributed.processes():
         raise UsageError(f"{distributed.processes()} processes do not divide {options.batch}")
-    network = build(transformer, text, options, args.words).to(device)
-    config = network.dit.config
-    words = load_words(args.words, network.text.config) if network.text else None
-    shards = Shards(
-        args.data,
-        words,
-        [] if words else list(config.text_dims),
-        config.in_channels,
-        options.seed,
-        options.first_shards,
-        options.steps_per_shard,
-    )
-    if options.split:
-        distributed.shard(network, device)
-    forward = torch.compile(network, dynamic=False) if options.compile else network
-    if distributed.processes() > 1 and not options.split:
-        forward = distributed.replicate(forward)
     with locked(args.out) if distributed.rank() == 0 else nullcontext():
+        table = args.words if text is None else keep_words(args.words, args.out)
+        network = build(transformer, text, options, table).to(device)
+        words = load_words(table, network.text.config) if network.text else None
+        config = network.dit.config
+        shards = Shards(
+            args.data,
+            words,
+            [] if words else list(config.text_dims),
+            config.in_channels,
+            options.seed,
+            options.first_shards,
+            options.steps_per_shard,
+        )
+        if options.split:
+            distributed.shard(network, device)
+        forward = torch.compile(network, dynamic=False) if options.compile else network
+        if distributed.processes() > 1 and not options.split:
+            forward = distributed.replicate(forward)
         trainer = Elastic(network, options, forward)
         resume(trainer, args.out)
         run = Run(trainer, shards, args.out, decoder(args.vae) if args.vae else None)
