@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from recipes.pretrain.text import WordTransformer, pad
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.static_text import StaticText
 from snapgen_mlx.models.word_tokens import WordTokens
+from snapgen_mlx.models.word_transformer import WordTransformer as MLXWordTransformer
+from snapgen_mlx.models.word_transformer import WordTransformerConfig
 
 TABLE = Path(__file__).parents[1] / "snapgen_mlx" / "assets" / "embedded" / "text_encoder"
 EMOJI = {
@@ -96,3 +100,22 @@ def test_missing_table(tmp_path):
         WordTransformer.from_table(tmp_path)
     with pytest.raises(SnapGenError, match=r"vocab\.txt"):
         WordTokens.load(tmp_path, 32)
+
+
+def test_mlx_states_equal_torch(words):
+    torch.manual_seed(0)
+    encoder = WordTransformer.from_table(TABLE, dim=48, layers=3, heads=3)
+    for name, p in encoder.named_parameters():
+        torch.nn.init.normal_(p, std=0.2, mean=float(".norm" in name and name.endswith("weight")))
+    config = WordTransformerConfig.from_dict(encoder.config.to_dict())
+    ours = MLXWordTransformer(config, words)
+    arrays = [(k, mx.array(a.numpy())) for k, a in encoder.state_dict().items()]
+    ours.load_weights(arrays, strict=True)
+    texts = ["a 🐱 to the left of a dog", "cat", "word " * 50, "qwzrt 猫", ""]
+    states, mask = ours.encode(texts)
+    ids, expected_mask = pad(words.ids(texts))
+    assert mask.tolist() == expected_mask.tolist()
+    expected = encoder(ids, expected_mask).detach()
+    error = np.abs(np.array(states) - expected.numpy()).max() / expected.abs().max().item()
+    assert error <= 1e-5
+    assert ours.unknown_words("a qwzrt 🐱") == ["qwzrt"]

@@ -71,6 +71,13 @@ class WordTokens:
         encodings = self._tokenizer.encode_batch([self.plain(text) for text in texts])
         return [[i for i in e.ids if i != 0][: self.max_length] for e in encodings]
 
+    def batch(self, texts: list[str]) -> tuple[list[list[int]], list[list[bool]]]:
+        """Ids (B, L), padded with 0, and the mask of those that count; L is at least 1."""
+        rows = self.ids(texts)
+        longest = max([1, *map(len, rows)])
+        ids = [row + [0] * (longest - len(row)) for row in rows]
+        return ids, [[i < len(row) for i in range(longest)] for row in rows]
+
     def unknown_words(self, text: str) -> list[str]:
         """Words of the text without a row of their own, in order, each once.
 
