@@ -1,0 +1,41 @@
+"""Several prompts written as one: "a {happy,sad} cat"."""
+
+import itertools
+import re
+
+from .errors import UsageError
+
+MAX_PROMPTS = 1000  # that one text may stand for
+CHOICES = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(text: str) -> list[str]:
+    """The prompts a text with braces stands for, in order, the last brace changing fastest.
+
+    Args:
+        text: "a {happy,sad} cat" stands for "a happy cat" and "a sad cat"; a text without braces
+            for itself. Blanks around commas do not count; a choice may be empty.
+
+    Raises:
+        UsageError: braces that do not match or are nested, a single choice, or too many prompts.
+    """
+    parts = CHOICES.split(text)  # texts at even places, choices at odd ones
+    if any("{" in part or "}" in part for part in parts[::2]):
+        raise UsageError(f"braces do not match in {text!r}; write for example {{happy,sad}}")
+    choices = [[c.strip() for c in part.split(",")] for part in parts[1::2]]
+    if any(len(c) < 2 for c in choices):
+        raise UsageError(f"braces need choices with commas between, as {{happy,sad}}, in {text!r}")
+    number = 1
+    for c in choices:
+        number *= len(c)
+    if number > MAX_PROMPTS:
+        raise UsageError(f"{text!r} stands for {number} prompts; {MAX_PROMPTS} are the most")
+    if not choices:
+        return [text]
+    out = []
+    for chosen in itertools.product(*choices):
+        pieces = itertools.chain.from_iterable(
+            itertools.zip_longest(parts[::2], chosen, fillvalue="")
+        )
+        out.append(" ".join("".join(pieces).split()))
+    return list(dict.fromkeys(out))

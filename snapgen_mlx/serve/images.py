@@ -1,0 +1,181 @@
+"""OpenAI's routes for pictures: generations, streamed or whole."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image
+
+from ..errors import SnapGenError, UsageError
+from ..prompts import expand
+from .engine import Busy, Ended, Engine, Job, Late, Picture, Progress, Stopping, UnknownModel
+from .guard import error_body
+from .schema import Generation, check_number
+
+log = logging.getLogger("snapgen_mlx.serve")
+router = APIRouter()
+STATUS = [(UnknownModel, 404, "model_not_found"), (UsageError, 400, "invalid_request")]
+STATUS += [(Busy, 429, "busy"), (Stopping, 503, "stopping"), (Late, 504, "too_late")]
+GLANCE = 0.1  # seconds between looks whether a client is still there
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that failed."""
+    status, body = _failure(error)
+    headers = {"retry-after": "1"} if status in (429, 503) else None
+    return JSONResponse(body, status, headers)
+
+
+def _failure(error: Exception) -> tuple[int, dict]:
+    for kind, status, code in STATUS:
+        if isinstance(error, kind):
+            return status, error_body(str(error), code)
+    if isinstance(error, SnapGenError):
+        return 500, error_body(str(error), "failed")
+    log.error("a request failed", exc_info=error)
+    return 500, error_body(f"unexpected {type(error).__name__}; the server's log says more")
+
+
+async def follow(engine: Engine, job: Job, request: Request) -> AsyncIterator:
+    """Submit a job and yield its events up to Ended; a client that goes away cancels it."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+    def emit(event):
+        try:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+        except RuntimeError:  # the server is down already
+            job.cancelled.set()
+
+    job.emit = emit
+    engine.submit(job)
+    try:
+        while True:
+            try:
+                event = await asyncio.wait_for(events.get(), GLANCE)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    return
+                continue
+            yield event
+            if isinstance(event, Ended):
+                return
+    finally:
+        engine.cancel(job)
+
+
+def encode(image: Image.Image, fields: Generation) -> str:
+    """A picture as a file in base64."""
+    kind, quality = fields.output_format or "png", fields.output_compression
+    options = {"format": kind}
+    if kind == "jpeg":
+        image, options["quality"] = image.convert("RGB"), 95 if quality is None else quality
+    elif kind == "webp":
+        options |= {"lossless": True} if quality is None else {"quality": quality}
+    file = io.BytesIO()
+    image.save(file, **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@router.post("/v1/images/generations")
+async def generations(fields: Generation, request: Request):
+    """Pictures from words: whole, or with ``stream`` as server-sent events."""
+    return await answer(fields, request, "image_generation")
+
+
+async def answer(fields: Generation, request: Request, kind: str, **more):
+    """Draw what a request asks for. ``more`` goes to the Job; ``kind`` names streamed events."""
+    engine: Engine = request.app.state.engine
+    prompts = expand(fields.prompt)
+    check_number(prompts, fields.n)
+    job = Job(
+        prompts=prompts,
+        emit=None,
+        seeds=fields.seeds(random.randrange(2**32)),
+        model=fields.model,
+        variant=fields.variant,
+        given=fields.given,
+        previews=fields.partial_images if fields.stream else 0,
+        keep=fields.keep,
+        **more,
+    )
+    events = follow(engine, job, request)
+    if fields.stream:
+        # The first event tells whether the request can be met at all, by its status.
+        first = await anext(events, None)
+        if isinstance(first, Ended) and first.error:
+            raise first.error
+        return StreamingResponse(
+            _stream(first, events, fields, kind),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store"},
+        )
+    data = []
+    async for event in events:
+        if isinstance(event, Picture):
+            if fields.response_format == "url":
+                picture = {"url": str(request.url_for("picture", name=event.name))}
+            else:
+                picture = {"b64_json": await asyncio.to_thread(encode, event.image, fields)}
+            data.append(picture | _facts(event))
+        elif isinstance(event, Ended) and event.error:
+            raise event.error
+    return {
+        "created": int(time.time()),
+        "background": fields.background or "auto",
+        "output_format": fields.output_format or "png",
+        "data": data,
+    }
+
+
+def _facts(event: Picture) -> dict:
+    return {"name": event.name, "seconds": round(event.seconds, 3), "settings": event.settings}
+
+
+async def _stream(first, events, fields: Generation, kind: str) -> AsyncIterator[str]:
+    shown = 0
+    common = {"background": fields.background or "auto", "quality": "auto"}
+    common["output_format"] = fields.output_format or "png"
+    event = first
+    while event is not None:
+        if isinstance(event, Progress):
+            data = {
+                "type": f"{kind}.progress",
+                "picture": event.picture,
+                "step": event.step,
+                "steps": event.steps,
+                "seconds_left": round(event.seconds_left, 2),
+            }
+            if event.preview is not None:
+                data |= common | {
+                    "type": f"{kind}.partial_image",
+                    "partial_image_index": shown,
+                    "b64_json": await asyncio.to_thread(encode, event.preview, fields),
+                    "size": "x".join(map(str, event.preview.size)),
+                    "created_at": int(time.time()),
+                }
+                shown += 1
+            elif not fields.progress:  # OpenAI's clients do not know these events
+                data = None
+        elif isinstance(event, Picture):
+            data = common | {
+                "type": f"{kind}.completed",
+                "picture": event.picture,
+                "b64_json": await asyncio.to_thread(encode, event.image, fields),
+                "size": "x".join(map(str, event.image.size)),
+                "created_at": int(time.time()),
+                **_facts(event),
+            }
+        elif event.error:
+            data = {"type": "error", **_failure(event.error)[1]}
+        else:
+            data = None
+        if data:
+            yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
+        event = await anext(events, None)
