@@ -121,21 +121,8 @@ $(E)/core/card.json: | .venv/.installed-embedded
 $(E)/core-two-styles/card.json: | .venv/.installed-embedded
 	$(PYTHON_M) recipes.embedded.data $(E)/core-two-styles --styles 3d flat --core
 
-$(E)/data/card.json: | .venv/.installed-embedded
-	$(PYTHON_M) recipes.embedded.data $(E)/data
-
 $(E)/text_encoder/config.json: | .venv/.installed-embedded
 	$(PYTHON_M) recipes.embedded.text_table $(E)/text_encoder
 
-$(E)/vae-first/model.safetensors: | $(E)/data/card.json
-	$(PYTHON_M) recipes.embedded.autoencoder $(E)/data $(E)/vae-run $(E)/vae-first --steps 1700
-
-# The decoder further, on whole pictures, in a copy that takes its name when it is done.
-$(E)/vae/model.safetensors: | $(E)/vae-first/model.safetensors
-	rm -rf $(E)/vae-refined && cp -R $(E)/vae-first $(E)/vae-refined
-	$(PYTHON_M) recipes.embedded.autoencoder $(E)/data $(E)/vae-decoder-run $(E)/vae-refined \
-	  --decoder-only --steps 500
-	mv $(E)/vae-refined $(E)/vae
-
-$(E)/base/config.json: | $(E)/vae/model.safetensors $(E)/text_encoder/config.json
-	$(PYTHON_M) recipes.embedded.init $(E)/vae $(E)/text_encoder $(E)/base
+$(E)/base/config.json: | $(E)/text_encoder/config.json
+	$(PYTHON_M) recipes.embedded.init snapgen_mlx/assets/embedded/vae $(E)/text_encoder $(E)/base

@@ -1,9 +1,9 @@
-"""The small autoencoder: convolutions transposed, nothing else."""
+"""The small autoencoders: convolutions transposed, nothing else."""
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+from ..models.autoencoder import build_autoencoder
 from .steps import Step, channels_first
 
 LAYOUT = Step("channels last", lambda a: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a)
@@ -14,8 +14,7 @@ def config(source: dict) -> dict:
 
 
 def shapes(source: dict) -> dict[str, tuple]:
-    model = SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(source))
-    return {k: a.shape for k, a in tree_flatten(model.parameters())}
+    return {k: a.shape for k, a in tree_flatten(build_autoencoder(source).parameters())}
 
 
 def route(key: str) -> dict[str, Step]:

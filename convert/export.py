@@ -24,6 +24,7 @@ CLASSES = {
     "SnapGenPPTransformer2DModel": ("snapgen_mlx", "SnapGenPPTransformer2DModel", None),
     "AutoencoderKLQwenImage": ("diffusers", "AutoencoderKLQwenImage", None),
     "SnapGenAutoencoder": ("snapgen_mlx", "SnapGenAutoencoder", None),
+    "StickerAutoencoder": ("snapgen_mlx", "StickerAutoencoder", None),
     "clip_text_model": ("transformers", "CLIPTextModel", "CLIPTokenizer"),
     "gemma3_text": ("transformers", "Gemma3TextModel", "GemmaTokenizer"),
     "static_text": ("snapgen_mlx", "StaticText", None),

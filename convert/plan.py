@@ -93,7 +93,7 @@ def kind(config: dict, where) -> tuple[str, object]:
         return "transformer", transformer
     if name == "AutoencoderKLQwenImage":
         return "vae", vae
-    if name == "SnapGenAutoencoder":
+    if name in ("SnapGenAutoencoder", "StickerAutoencoder"):
         return "vae", autoencoder
     open_clip = config.get("model_cfg", config)
     if name in ("clip", "clip_text_model") or (

@@ -61,10 +61,10 @@ def load_vae(folder):
     config = load_config(folder)
     tensors = load_tensors(folder)
     match config.get("_class_name"):
-        case "SnapGenAutoencoder":
-            from .models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+        case "SnapGenAutoencoder" | "StickerAutoencoder":
+            from .models.autoencoder import build_autoencoder
 
-            vae = SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(config))
+            vae = build_autoencoder(config)
             # Its few convolutions cost nothing in float32, and white stays white.
             return assign(vae, {k: a.astype(mx.float32) for k, a in tensors.items()}, folder)
         case "AutoencoderKLQwenImage":

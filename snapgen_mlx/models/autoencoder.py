@@ -1,4 +1,4 @@
-"""The small autoencoder of the embedded model: 8x, 16 latent channels, separable convolutions."""
+"""Small autoencoders: of the embedded model (RGB), and of transparent stickers (RGBA)."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -6,7 +6,14 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from .tiny_decoder import SeparableBlock, TinyDecoder, TinyDecoderConfig, space_to_depth
+from ..errors import SnapGenError
+from .tiny_decoder import (
+    SeparableBlock,
+    TinyDecoder,
+    TinyDecoderConfig,
+    depth_to_space,
+    space_to_depth,
+)
 
 
 @dataclass
@@ -86,3 +93,147 @@ class SnapGenAutoencoder(nn.Module):
         """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1]."""
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return mx.clip(self.decoder(latents * std + mean), -1, 1)
+
+
+@dataclass
+class StickerAutoencoderConfig:
+    """Stages from the picture's side to the latents'; each next one halves the resolution.
+
+    The first ``plain_stages`` have full 3x3 convolutions, the others separable ones: where
+    channels are many, these need a tenth of the weights.
+    """
+
+    image_channels: int = 4
+    latent_channels: int = 16
+    channels: tuple[int, ...] = (96, 192, 384)
+    encoder_blocks: tuple[int, ...] = (1, 2, 2)
+    decoder_blocks: tuple[int, ...] = (2, 2, 3)
+    plain_stages: int = 2
+    expansion: int = 2
+    patch: int = 4
+    latents_mean: list[float] = field(default_factory=list)
+    latents_std: list[float] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.latents_mean = self.latents_mean or [0.0] * self.latent_channels
+        self.latents_std = self.latents_std or [1.0] * self.latent_channels
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "StickerAutoencoderConfig":
+        """Raises SnapGenError when the sizes do not belong together."""
+        config = cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
+        stages, blocks = len(config.channels), (config.encoder_blocks, config.decoder_blocks)
+        if not stages or any(len(counts) != stages for counts in blocks):
+            raise SnapGenError(f"autoencoder: {stages} stages of channels, blocks of {blocks}")
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(config, name)) != config.latent_channels:
+                raise SnapGenError(
+                    f"autoencoder: {name} is not of {config.latent_channels} channels"
+                )
+        return config
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position and axis."""
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+
+class PlainBlock(nn.Module):
+    """x + two 3x3 convolutions."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def __call__(self, x):
+        return x + self.conv2(nn.relu(self.conv1(self.norm(x))))
+
+
+class LayerNormSeparableBlock(SeparableBlock):
+    def __init__(self, channels: int, expansion: int):
+        super().__init__(channels, expansion)
+        self.norm = nn.LayerNorm(channels)
+
+
+def _stages(config: StickerAutoencoderConfig, blocks: tuple[int, ...]) -> list[list[nn.Module]]:
+    """One list of blocks for every stage, from the picture's side."""
+    return [
+        [
+            PlainBlock(c)
+            if i < config.plain_stages
+            else LayerNormSeparableBlock(c, config.expansion)
+            for _ in range(n)
+        ]
+        for i, (c, n) in enumerate(zip(config.channels, blocks, strict=True))
+    ]
+
+
+class StickerEncoder(nn.Module):
+    def __init__(self, config: StickerAutoencoderConfig):
+        super().__init__()
+        channels = config.channels
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.image_channels * config.patch**2, channels[0], 3, padding=1)
+        self.stages = _stages(config, config.encoder_blocks)
+        self.downsamplers = [nn.Linear(4 * a, b) for a, b in pairwise(channels)]
+        self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, 3, padding=1)
+
+    def __call__(self, images):
+        x = self.conv_in(space_to_depth(images, self.patch))
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = self.downsamplers[i - 1](space_to_depth(x, 2))
+            for block in stage:
+                x = block(x)
+        return self.conv_out(nn.relu(x))
+
+
+class StickerDecoder(nn.Module):
+    """The encoder's mirror image."""
+
+    def __init__(self, config: StickerAutoencoderConfig):
+        super().__init__()
+        channels = config.channels[::-1]
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.stages = _stages(config, config.decoder_blocks)[::-1]
+        self.upsamplers = [nn.Linear(a, 4 * b) for a, b in pairwise(channels)]
+        pixels = config.image_channels * config.patch**2
+        self.conv_out = nn.Conv2d(channels[-1], pixels, 3, padding=1)
+
+    def __call__(self, latents):
+        x = self.conv_in(latents)
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = depth_to_space(self.upsamplers[i - 1](x), 2)
+            for block in stage:
+                x = block(x)
+        return depth_to_space(self.conv_out(nn.relu(x)), self.patch)
+
+
+class StickerAutoencoder(nn.Module):
+    """The autoencoder of transparent pictures: RGBA with premultiplied alpha."""
+
+    def __init__(self, config: StickerAutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = StickerEncoder(config), StickerDecoder(config)
+
+    def encode(self, images: mx.array) -> mx.array:
+        """Premultiplied images (B, H, W, 4) in [-1, 1] -> normalised latents (B, h, w, C)."""
+        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        return (self.encoder(images) - mean) / std
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """Normalised latents (B, h, w, C) -> premultiplied images (B, H, W, 4) in [-1, 1]."""
+        mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        return mx.clip(self.decoder(latents * std + mean), -1, 1)
+
+
+def build_autoencoder(config: dict) -> SnapGenAutoencoder | StickerAutoencoder:
+    """The small autoencoder of a ``config.json``, by its ``_class_name``, with random weights."""
+    if config.get("_class_name") == "StickerAutoencoder":
+        return StickerAutoencoder(StickerAutoencoderConfig.from_dict(config))
+    return SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(config))
