@@ -353,3 +353,10 @@ def test_two_processes_resume_split(data, start, tmp_path):
     assert code == 0, errors
     for a, b in zip(records(tmp_path / "parts"), records(whole), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_no_cuda(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = write_config(tmp_path / "c.json")
+    assert run(data, tmp_path / "run", config, "--device", "cuda") == 2
+    assert "no CUDA device" in error_line(capsys)

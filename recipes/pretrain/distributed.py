@@ -10,11 +10,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .model import leading
+from snapgen_mlx.errors import UsageError
+
+from .attention import leading
 
 
 def start(device: str) -> torch.device:
-    """Join the processes that `torchrun` started, if it did; the device of this one."""
+    """Join the processes that `torchrun` started, if it did; the device of this one.
+
+    Raises UsageError where there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("PyTorch finds no CUDA device here; leave --device out for the CPU")
     if "RANK" not in os.environ:
         return torch.device(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -312,7 +312,7 @@ def train(args) -> None:
             options.first_shards,
             options.steps_per_shard,
         )
-        if options.split:
+        if options.split and distributed.processes() > 1:
             distributed.shard(network, device)
         forward = torch.compile(network, dynamic=False) if options.compile else network
         if distributed.processes() > 1 and not options.split:
@@ -332,7 +332,7 @@ def main(argv=None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="JSON file of the run")
     parser.add_argument("--words", type=Path, default=WORD_TABLE, help="folder of the word table")
     parser.add_argument("--vae", type=Path, help="autoencoder that decodes the sample sheets")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args(argv)
     try:
         train(args)
