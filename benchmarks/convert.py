@@ -17,16 +17,16 @@ from pathlib import Path
 import mlx.core as mx
 
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.convert.transformer import back
+from snapgen_mlx.convert.rules.transformer import back
 from snapgen_mlx.models.elastic import random_supernet
-from snapgen_mlx.safetensors_io import write_tensors
+from snapgen_mlx.tensors.safetensors_io import write_tensors
 
 SHARD_BYTES = 1 << 30
 MODES = {"as it is": {}, "bfloat16": {"dtype": "bfloat16"}, "4 bits": {"quantize": 4}}
 RUN = """
 import json, resource, sys
 import mlx.core as mx
-from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.to_mlx import convert
 options = json.loads(sys.argv[3])
 if "dtype" in options:
     options["dtype"] = getattr(mx, options["dtype"])
@@ -42,7 +42,7 @@ except FileNotFoundError:
 
 def write_checkpoint(folder: Path, geometry: str) -> int:
     """A sharded PyTorch-contract transformer with random weights; returns its bytes."""
-    config = DiTConfig.preset(geometry)
+    config = DiTConfig.from_preset(geometry)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     parts, size, total = [[]], 0, 0

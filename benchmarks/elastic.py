@@ -29,14 +29,15 @@ import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.files import write_json
+from snapgen_mlx.hub import resolve_model
+from snapgen_mlx.loading import load_float_supernet, load_vae
 from snapgen_mlx.models.elastic import random_supernet, slice_flat
-from snapgen_mlx.pipeline import load_text_encoders, load_vae, resolve_model
+from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.training.data import LatentDataset, cached_latents
-from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
-from snapgen_mlx.training.finetune import float_supernet
+from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
 from snapgen_mlx.training.loop import LOG, RunOptions, fixed_batches, train
 from snapgen_mlx.training.pictures import read_folder
-from snapgen_mlx.weights import write_json
 
 SIZE = 64  # pixels of a picture's side: half the embedded model's, at one latent position a token
 WIDTHS = ["tiny", "small", "full"]
@@ -169,7 +170,7 @@ def main():
 
     if args.fine_tune:
         size, rate = 2 * SIZE, 5e-4
-        config, params = float_supernet(resolve_model(None))
+        config, params = load_float_supernet(resolve_model(None))
     else:
         size, rate = SIZE, 3e-3
         config = geometry(args.hidden)

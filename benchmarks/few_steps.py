@@ -26,12 +26,11 @@ import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.evaluation import chance, draw_latents, ranks, shares
-from snapgen_mlx.files import atomic_write
+from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.training.data import encode_images
 from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.training.report import picture_grid
-from snapgen_mlx.weights import write_json
 
 from .alignment import read_rows
 

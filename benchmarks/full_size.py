@@ -69,8 +69,8 @@ def run_mlx(folder: Path, size: int) -> dict:
 
     from snapgen_mlx import Pipeline
     from snapgen_mlx.config import DiTConfig
+    from snapgen_mlx.layout import load_config
     from snapgen_mlx.sampling import denoise, schedule
-    from snapgen_mlx.weights import load_config
 
     folder = folder / "mlx"
     widest = DiTConfig.from_dict(load_config(folder / "transformer")).variants[-1]
@@ -157,9 +157,9 @@ def fused_attention(q, k, v, mask=None):
 
 def write_checkpoint(folder: Path, geometry: str) -> dict:
     """The random model in both forms; returns the transformer's parameters."""
-    from snapgen_mlx.convert.export import export
     from snapgen_mlx.convert.init import init
-    from snapgen_mlx.weights import load_tensors
+    from snapgen_mlx.convert.to_pytorch import export
+    from snapgen_mlx.tensors.weights import load_tensors
 
     init(folder / "mlx", geometry, seed=0)
     export(folder / "mlx", folder / "torch")

@@ -26,11 +26,12 @@ import numpy as np
 
 from benchmarks.alignment import read_rows
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.convert.hub import COMPONENTS
 from snapgen_mlx.evaluation import ranks, shares
+from snapgen_mlx.files import folder_bytes, write_json
+from snapgen_mlx.layout import COMPONENTS, load_config
 from snapgen_mlx.quantization.backends import backend_of
 from snapgen_mlx.quantization.calibration import Calibration, load_widths
-from snapgen_mlx.quantization.quantize import folder_bytes, quantize
+from snapgen_mlx.quantization.quantize import quantize
 from snapgen_mlx.quantization.recipe import (
     Recipe,
     design,
@@ -38,9 +39,9 @@ from snapgen_mlx.quantization.recipe import (
     uniform,
 )
 from snapgen_mlx.quantization.sensitivity import measure
+from snapgen_mlx.tensors.weights import load_infos
 from snapgen_mlx.training.data import encode_images
 from snapgen_mlx.training.pictures import read_folder
-from snapgen_mlx.weights import load_config, load_infos, write_json
 
 PAPER = 4.3  # bits
 
@@ -57,7 +58,7 @@ class Alignment:
         rows = read_rows(data / "phrasings.jsonl")
         rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:count]]
         self.wanted = [row["concept"] for row in rows]
-        self.prompts = Calibration.of(model, [row["text"] for row in rows], seed=2)
+        self.prompts = Calibration.from_model(model, [row["text"] for row in rows], seed=2)
 
     def __call__(self, model: Path) -> dict[str, dict]:
         """Shares by width."""
@@ -151,7 +152,7 @@ def main():
         form = backend_of(backend, config)
         shapes = quantizable(config, form.group)
         kept = args.out / f"{backend}.sensitivity.json"
-        found = measure(args.model, form, Calibration.of(args.model), kept)
+        found = measure(args.model, form, Calibration.from_model(args.model), kept)
         for i, (title, recipe) in enumerate(recipes(config, shapes, found, backend).items()):
             for steps in (0, args.tune):
                 folder = args.out / (f"{backend}-{i}" + "-tuned" * bool(steps))

@@ -17,18 +17,19 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.convert.plan import Component
+from snapgen_mlx.files import write_json
+from snapgen_mlx.loading import load_vae
 from snapgen_mlx.memory import ModelMemory, Request
 from snapgen_mlx.models.clip_text import CLIPText, CLIPTextConfig
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.gemma_text import GemmaText
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
-from snapgen_mlx.pipeline import load_vae
 from snapgen_mlx.quantization.backends import backend_of
 from snapgen_mlx.quantization.quantize import other_part, transformer_part
 from snapgen_mlx.quantization.recipe import BITS, design, quantizable, uniform
-from snapgen_mlx.safetensors_io import NAMES
-from snapgen_mlx.weights import SINGLE, write_json
+from snapgen_mlx.tensors.safetensors_io import NAMES
+from snapgen_mlx.tensors.stream import Component
+from snapgen_mlx.tensors.weights import SINGLE
 
 GEMMA = {
     **{"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240},
@@ -106,7 +107,7 @@ def main():
         "| | weights | transformer | VAE | TinyCLIP | Gemma | all | peak of memory | fits |\n"
         "|---|---|---|---|---|---|---|---|---|"
     )
-    supernet = DiTConfig.preset("full")
+    supernet = DiTConfig.from_preset("full")
     models = {n: supernet.variant(i) for i, n in enumerate(supernet.variants)}
     models["all widths in one"] = supernet
     with as_on_a_mac():

@@ -87,16 +87,16 @@ def check_output(output, resume: bool) -> None:
 
 def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) -> list:
     """Examples of a folder; bad ones are an error, or left out and named on standard error."""
-    from snapgen_mlx.errors import SnapGenError
-    from snapgen_mlx.training.pictures import read_folder, scan_folder, shorten
+    from snapgen_mlx.errors import SnapGenError, name_first
+    from snapgen_mlx.training.pictures import read_folder, scan_folder
 
     if not skip_bad:
         return read_folder(folder, caption)
     examples, bad = scan_folder(folder, caption)
     if not examples:
-        raise SnapGenError(f"{folder}: no picture can be used: {shorten(bad)}")
+        raise SnapGenError(f"{folder}: no picture can be used: {name_first(bad)}")
     if bad:
-        echo(f"{folder}: left out {len(bad)} pictures: {shorten(bad)}", err=True)
+        echo(f"{folder}: left out {len(bad)} pictures: {name_first(bad)}", err=True)
     return examples
 
 

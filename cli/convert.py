@@ -41,8 +41,8 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, d
     """
     import mlx.core as mx
 
-    from snapgen_mlx.convert.convert import convert as run
-    from snapgen_mlx.convert.convert import save_report
+    from snapgen_mlx.convert.to_mlx import convert as run
+    from snapgen_mlx.convert.to_mlx import save_report
 
     try:
         result = run(

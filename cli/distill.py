@@ -125,13 +125,14 @@ def distill(
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
-    from snapgen_mlx.pipeline import resolve_model
+    from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.loading import load_dit
     from snapgen_mlx.training.distill import KDOptions, load_teacher
     from snapgen_mlx.training.few_steps import distill_few_steps, few_steps_memory
-    from snapgen_mlx.training.finetune import finetune, training_memory
+    from snapgen_mlx.training.finetune import finetune
     from snapgen_mlx.training.kdmd import KDMDOptions
     from snapgen_mlx.training.loop import RunOptions
-    from snapgen_mlx.weights import load_dit
+    from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
     Options = KDOptions if method == "kd" else KDMDOptions
@@ -149,7 +150,7 @@ def distill(
     if explain:
         source, taught = source_and_teacher()
         if method == "kd":
-            memory = training_memory(source, taught.nbytes)
+            memory = TrainingMemory.from_model(source, taught.nbytes)
         else:
             memory = few_steps_memory(source, load_dit(source, variant), taught, options.lora)
         echo(explanation(memory, options, run))

@@ -8,7 +8,7 @@ import click
 @click.argument("dest")
 def export(model, dest):
     """Write MODEL, an MLX folder, to DEST as a diffusers-style PyTorch checkpoint."""
-    from snapgen_mlx.convert.export import export as run
+    from snapgen_mlx.convert.to_pytorch import export as run
 
     result = run(model, dest)
     for name, part in result["written"].items():

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import click
 
@@ -100,12 +99,13 @@ def finetune(
         raise click.UsageError("--full and --lora exclude each other")
     if not explain:
         check_output(output, resume)
-    from snapgen_mlx.pipeline import resolve_model
-    from snapgen_mlx.training.elastic import ElasticOptions
+    from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.prompts import read_prompts
+    from snapgen_mlx.training.elastic_trainer import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
-    from snapgen_mlx.training.finetune import training_memory
     from snapgen_mlx.training.loop import RunOptions
     from snapgen_mlx.training.report import can_plot
+    from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
     elastic = ElasticOptions(**elastic)
@@ -113,7 +113,7 @@ def finetune(
         batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
     )
     if explain:
-        echo(explanation(training_memory(resolve_model(model)), elastic, options))
+        echo(explanation(TrainingMemory.from_model(resolve_model(model)), elastic, options))
         return
     if not can_plot():
         echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
@@ -127,17 +127,6 @@ def finetune(
 
     follow(start, elastic.steps, options, echo)
     echo(f"wrote {output}")
-
-
-def read_prompts(path) -> list[str]:
-    """The lines of a text file that hold something."""
-    from snapgen_mlx.errors import UsageError
-
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read the prompts in {path}: {e}") from e
-    return [line.strip() for line in lines if line.strip()]
 
 
 def follow(start, steps: int, options, echo) -> None:
@@ -182,7 +171,8 @@ def explanation(memory, options, run) -> str:
     each process."""
     import mlx.core as mx
 
-    from snapgen_mlx.memory import format_bytes, usable_memory
+    from snapgen_mlx.device import usable_memory
+    from snapgen_mlx.errors import format_bytes
     from snapgen_mlx.training.loop import check_batch
 
     check_batch(run, options)

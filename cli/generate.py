@@ -147,10 +147,12 @@ def generate(
 
 
 def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
-    from snapgen_mlx.lora import few_step_lora
+    from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.layout import few_step_lora, load_config
+    from snapgen_mlx.loading import load_vae
     from snapgen_mlx.memory import ModelMemory, Request
-    from snapgen_mlx.pipeline import Settings, load_text_encoders, load_vae, resolve_model
-    from snapgen_mlx.weights import load_config
+    from snapgen_mlx.settings import Settings
+    from snapgen_mlx.text_loading import load_text_encoders
 
     from .info import memory_table
 
@@ -158,6 +160,6 @@ def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
     memory = ModelMemory(folder, load_vae(folder), load_text_encoders(folder, text_encoder))
     name = memory.config.variants[-1] if variant in (None, "auto") else variant
     few_steps = not base and few_step_lora(folder, name) is not None
-    s = Settings.of(load_config(folder), "any", few_steps, **sizes)
+    s = Settings.from_config(load_config(folder), "any", few_steps, **sizes)
     request = Request(s.width, s.height, s.guidance != 1, low_ram)
     return memory_table(memory, request, variant)

@@ -13,13 +13,17 @@ def info(model):
 
     MODEL is a folder, a Hub id, or nothing for the embedded model.
     """
-    from snapgen_mlx.memory import ModelMemory, Request, format_bytes
-    from snapgen_mlx.pipeline import Settings, load_text_encoders, load_vae, resolve_model
-    from snapgen_mlx.weights import load_config
+    from snapgen_mlx.errors import format_bytes
+    from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.layout import load_config
+    from snapgen_mlx.loading import load_vae
+    from snapgen_mlx.memory import ModelMemory, Request
+    from snapgen_mlx.settings import Settings
+    from snapgen_mlx.text_loading import load_text_encoders
 
     folder = resolve_model(model)
     config = load_config(folder)
-    s = Settings.of(config, "any")
+    s = Settings.from_config(config, "any")
     vae, encoders = load_vae(folder), load_text_encoders(folder)
     memory = ModelMemory(folder, vae, encoders)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -48,7 +52,7 @@ def info(model):
 
 
 def _few_steps(folder: Path, variants: list[str]) -> str:
-    from snapgen_mlx.lora import few_step_lora
+    from snapgen_mlx.layout import few_step_lora
     from snapgen_mlx.sampling import FEW_STEPS
 
     names = [name for name in variants if few_step_lora(folder, name)]
@@ -60,8 +64,8 @@ def _few_steps(folder: Path, variants: list[str]) -> str:
 
 def memory_table(memory, request, variant: str | None = None) -> str:
     """Predicted peaks of every width in each phase, and which one would be taken."""
-    from snapgen_mlx.errors import UsageError
-    from snapgen_mlx.memory import format_bytes, usable_memory
+    from snapgen_mlx.device import usable_memory
+    from snapgen_mlx.errors import UsageError, format_bytes
 
     guided = ", guided" if request.guided else ""
     low_ram = ", --low-ram" if request.low_ram else ""
@@ -103,10 +107,10 @@ def _source(source) -> str:
 
 def _stored(folder: Path) -> str:
     """ "12.3 M parameters, 8.5 bits per weight, 13 MB" """
-    from snapgen_mlx.errors import SnapGenError
-    from snapgen_mlx.memory import format_bytes
-    from snapgen_mlx.quantization.palette import float_shape
-    from snapgen_mlx.weights import load_config, load_infos
+    from snapgen_mlx.errors import SnapGenError, format_bytes
+    from snapgen_mlx.layout import load_config
+    from snapgen_mlx.tensors.palette import float_shape
+    from snapgen_mlx.tensors.weights import load_infos
 
     infos = load_infos(folder)
     quantization = load_config(folder).get("quantization") or {}

@@ -69,9 +69,10 @@ def quantize(
             raise click.UsageError(f"with --recipe nothing is measured: leave --{name} out")
     from tqdm import tqdm
 
-    from snapgen_mlx.memory import format_bytes
-    from snapgen_mlx.pipeline import resolve_model
-    from snapgen_mlx.quantization.calibration import PROMPTS, read_prompts
+    from snapgen_mlx.errors import format_bytes
+    from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.prompts import read_prompts
+    from snapgen_mlx.quantization.calibration import PROMPTS
     from snapgen_mlx.quantization.quantize import quantize as run
 
     folder = resolve_model(model)

@@ -13,7 +13,7 @@ def slice(model, dest, variant):
     The new model makes the same pictures, bit for bit, as MODEL with --variant.
     """
     from snapgen_mlx.convert.slice import slice_model
-    from snapgen_mlx.pipeline import resolve_model
+    from snapgen_mlx.hub import resolve_model
 
     result = slice_model(resolve_model(model), dest, variant)
     click.echo(f"wrote {dest}: {variant}, a transformer of {result['bytes'] / 1e6:.1f} MB")

@@ -9,16 +9,14 @@ from mlx.utils import tree_flatten
 
 from ..config import DiTConfig
 from ..errors import UsageError
-from ..files import atomic_folder, atomic_write
+from ..files import atomic_folder, atomic_write, write_json
+from ..layout import FORMAT
 from ..models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
 from ..models.elastic import random_supernet
 from ..models.vae import AutoencoderKLQwenImage, VAEConfig
-from ..weights import FORMAT, write_json
-from .export import export
-from .formats import Info
-from .plan import Component, Row
-from .steps import COPY
-from .write import check_disk, verify, write_components
+from ..tensors.readers import Info
+from ..tensors.stream import Component, Row, verify, write_components
+from .to_pytorch import export
 
 GEOMETRIES = ("full", "small", "tiny", "embedded")
 CARD = """# Random weights
@@ -31,9 +29,8 @@ never trained and has no text encoder: its pictures are noise.
 class _Random:
     """A reader of tensors that are drawn when they are read, each once."""
 
-    files = ()
-
     def __init__(self, tensors: dict[str, mx.array]):
+        self.files: list[Path] = []
         self._tensors = tensors
         self.infos = {key: Info("F32", tuple(a.shape)) for key, a in tensors.items()}
 
@@ -66,7 +63,7 @@ def init(dest, geometry: str, seed: int, form: str = "mlx") -> dict:
 
 def _write(folder: Path, geometry: str, seed: int) -> int:
     mx.random.seed(seed)
-    config = DiTConfig.preset(geometry)
+    config = DiTConfig.from_preset(geometry)
     transformer = random_supernet(config)
     # A fresh model's output layer is zero, which would hide all before it.
     shape = transformer["final.proj.weight"].shape
@@ -80,27 +77,21 @@ def _write(folder: Path, geometry: str, seed: int) -> int:
         vae, vae_name = AutoencoderKLQwenImage(vae_config), "AutoencoderKLQwenImage"
         extra = {"temperal_downsample": [False, True, True]}
     vae_config = {"_class_name": vae_name, **asdict(vae_config), **extra}
-    components = {
-        "transformer": _component("transformer", config.to_dict(), transformer),
-        "vae": _component("vae", vae_config, dict(tree_flatten(vae.parameters()))),
-    }
+    components = [
+        _component("transformer", config.to_dict(), transformer),
+        _component("vae", vae_config, dict(tree_flatten(vae.parameters()))),
+    ]
     folder.mkdir(exist_ok=True)
-    check_disk(folder, components)
-    write_components(folder, components, "mlx")
-    for name, component in components.items():
-        write_json(folder / name / "config.json", component.config)
+    write_components(folder, components)
     size = 128 if geometry == "embedded" else 1024
     sampling = {"steps": 4, "guidance": 1.0, "shift": 3.0, "size": size}
     source = {"name": f"random weights, {geometry}, seed {seed}"}
     write_json(folder / "config.json", {**FORMAT, "sampling": sampling, "source": source})
     verify(folder, components)
-    return sum(c.nbytes for c in components.values())
+    return sum(c.nbytes for c in components)
 
 
 def _component(name: str, config: dict, tensors: dict[str, mx.array]) -> Component:
-    component = Component(name, Path(name), config, None, Path(name) / "config.json")
-    component.config, component.reader = config, _Random(tensors)
-    for key, info in component.reader.infos.items():
-        row = Row(key, info.shape, "random", key, mx.float32, step=COPY)
-        component.rows.append(row)
-    return component
+    reader = _Random(tensors)
+    rows = [Row(key, info.shape, key, mx.float32) for key, info in reader.infos.items()]
+    return Component(name=name, config=config, reader=reader, rows=rows)

@@ -1,19 +1,19 @@
 """What a conversion will do, known and checked before a byte is written."""
 
-import re
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..errors import SnapGenError, UsageError
-from ..safetensors_io import DTYPES
-from ..weights import read_json
-from . import autoencoder, clip_text, gemma_text, transformer, vae
-from .formats import name_some, open_weights
-from .hub import COMPONENTS
-from .steps import COPY, Drop, Step
+from ..errors import SnapGenError, UsageError, name_keys
+from ..files import read_json
+from ..layout import COMPONENTS, TOKENIZERS, tokenizer_files
+from ..tensors.readers import Info
+from ..tensors.stream import AffineRow, Component, Row, Step, copy_rows
+from .formats import open_weights
+from .rules.interface import Drop, QuantizableRules, Rules
+from .rules.registry import kind_of
 
 # What a weight may be stored as, and becomes.
 FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16, "F64": mx.float32}
@@ -24,90 +24,29 @@ INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 NO_WEIGHTS = ("optimizer.", "optimizer_states.", "lr_scheduler.", "lr_schedulers.")
 COUNTERS = ("n_averaged", "num_updates", "decay", "step", "initted")
 
-TOKENIZER_FILE = re.compile(
-    r"(.*token.*|vocab|merges|chat_template|spiece)\.(json|txt|model|jinja)"
-)
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
-
-@dataclass
-class Row:
-    """One tensor of the output (or, dropped, of the source)."""
+class Dropped(NamedTuple):
+    """A tensor of the source that the output has no use for."""
 
     source: str
     shape: tuple[int, ...]
     action: str
-    target: str | None = None
-    dtype: mx.Dtype | None = None
-    bits: int | None = None
-    step: Step | None = None
-    group: int = 64
-
-    def entries(self) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
-        """{key: (dtype, shape)} of what is stored: three arrays for a quantized layer."""
-        if self.bits is None:
-            return {self.target: (self.dtype, self.shape)}
-        layer, (rows, n) = self.target.removesuffix(".weight"), self.shape
-        return {
-            self.target: (mx.uint32, (rows, n * self.bits // 32)),
-            f"{layer}.scales": (self.dtype, (rows, n // self.group)),
-            f"{layer}.biases": (self.dtype, (rows, n // self.group)),
-        }
-
-    @property
-    def nbytes(self) -> int:
-        return sum(prod(shape) * dtype.size for dtype, shape in self.entries().values())
 
 
-@dataclass
-class Component:
+@dataclass(kw_only=True)
+class PlannedComponent(Component):
     """One model of the checkpoint: where it is, what it is, what becomes of it."""
 
-    name: str  # its folder in the output
     path: Path  # a folder or a file
     source_config: dict
-    rules: object  # one of the rule modules, None = copied as it is
     config_file: Path
+    rules: Rules | None  # None = copied as it is
     tokenizer_files: list[Path] = field(default_factory=list)
-    stem: str = "model"  # of the output's file names
-    config: dict = field(default_factory=dict)
-    reader: object = None
-    rows: list[Row] = field(default_factory=list)
-    dropped: list[Row] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
     wrappers: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
 
-    @property
-    def parameters(self) -> int:
-        return sum(prod(row.shape) for row in self.rows)
-
-
-def kind(config: dict, where) -> tuple[str, object]:
-    """The output folder and the rules of a model, by its config."""
-    name = config.get("_class_name") or config.get("model_type")
-    if name == "SnapGenPPTransformer2DModel":
-        return "transformer", transformer
-    if name == "AutoencoderKLQwenImage":
-        return "vae", vae
-    if name in ("SnapGenAutoencoder", "StickerAutoencoder"):
-        return "vae", autoencoder
-    open_clip = config.get("model_cfg", config)
-    if name in ("clip", "clip_text_model") or (
-        isinstance(open_clip, dict) and "text_cfg" in open_clip
-    ):
-        return "text_encoder", clip_text
-    if name in ("gemma3", "gemma3_text"):
-        return "text_encoder_2", gemma_text
-    if name == "static_text":
-        return "text_encoder", None
-    raise SnapGenError(f"{where} is of {name or 'an unknown model'}, which is no part of SnapGen++")
-
-
-def find_components(source, only=None, config=None) -> tuple[dict[str, Component], dict]:
+def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedComponent], dict]:
     """The models in ``source`` (a whole checkpoint's folder, one model's folder, or a weight file)
     and the ``model_index.json`` ({} when there is none).
 
@@ -145,7 +84,7 @@ def find_components(source, only=None, config=None) -> tuple[dict[str, Component
     return found, index
 
 
-def _component(path: Path, name=None, config=None) -> Component:
+def _component(path: Path, name=None, config=None) -> PlannedComponent:
     folder = path if path.is_dir() else path.parent
     places = [folder / "config.json", folder / "open_clip_config.json"]
     place = Path(config) if config else next((p for p in places if p.is_file()), places[0])
@@ -158,92 +97,81 @@ def _component(path: Path, name=None, config=None) -> Component:
             f"{folder} is quantized for MLX already: use it as it is (text encoders with "
             "--text-encoder)"
         )
-    usual_name, rules = kind(source_config, place)
+    usual_name, rules, *_ = kind_of(source_config, place)
     name = name or usual_name
-    if name.removesuffix("_2") != usual_name.removesuffix(
-        "_2"
-    ):  # text encoders may stand in either place
+    # Text encoders may stand in either place.
+    if name.removesuffix("_2") != usual_name.removesuffix("_2"):
         raise SnapGenError(f"{place} is of a {usual_name}, in the place of a {name}")
-    component = Component(name, path, source_config, rules, place)
+    tokenizer: list[Path] = []
     if name in TOKENIZERS and rules:
         beside = folder.parent / TOKENIZERS[name]
-        component.tokenizer_files = tokenizer_files(beside if beside.is_dir() else folder)
-    return component
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make up its tokenizer; none without a vocabulary."""
-    files = [f for f in sorted(folder.iterdir()) if TOKENIZER_FILE.fullmatch(f.name)]
-    return files if any(f.name in VOCABULARIES for f in files) else []
+        tokenizer = tokenizer_files(beside if beside.is_dir() else folder)
+    return PlannedComponent(
+        name=name,
+        reader=open_weights(path),
+        path=path,
+        source_config=source_config,
+        config_file=place,
+        rules=rules,
+        tokenizer_files=tokenizer,
+    )
 
 
 def plan(
-    component: Component,
+    component: PlannedComponent,
     dtype: mx.Dtype | None = None,
     quantize: int | None = None,
     ema: bool = False,
-) -> Component:
+) -> None:
     """Fill ``component``'s rows from its files' headers; nothing is read beyond them.
 
     Strict: raises SnapGenError unless every source key is used or dropped for a reason and every
     parameter of the MLX model is filled with its right shape.
     """
-    reader = component.reader = open_weights(component.path)
     rules, where = component.rules, component.path
     if rules is None:
         component.config = component.source_config
-        component.rows = as_they_are(reader)
-        return component
+        component.rows = copy_rows(component.reader)
+        return
     try:
         component.config = rules.config(component.source_config)
         shapes = rules.shapes(component.source_config)
     except Exception as e:  # whatever a foreign or damaged config makes of a model's constructor
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise SnapGenError(f"{component.config_file} does not describe {where}: {why}") from e
-    used = _used(component, shapes, ema)
-    group = rules.group_size(component.source_config) if _quantizes(rules, quantize) else None
-    overrides = {}
-    for key, (targets, _) in used.items():
-        info = reader.infos[key]
+    for key, targets in _routes(component, rules, shapes, ema).items():
+        info = component.reader.infos[key]
         for target, step in targets.items():
             row = _row(key, info, target, step, shapes[target], where)
             if dtype is not None:
                 row.dtype = dtype
             elif quantize and row.dtype == mx.float32:
                 row.dtype = mx.bfloat16  # 32-bit scales would undo the saving
-            is_matrix = len(row.shape) == 2 and target.endswith(".weight")
-            if group and is_matrix and row.shape[1] % group == 0:
-                layer = target.removesuffix(".weight")
-                row.group, row.bits = group, rules.bits(layer, quantize)
-                row.action = f"{row.action}, {row.bits} bits"
-                if row.bits != quantize:
-                    overrides[layer] = {"group_size": group, "bits": row.bits}
             component.rows.append(row)
-    if group:
-        component.config["quantization"] = {"group_size": group, "bits": quantize, **overrides}
+    if quantize and isinstance(rules, QuantizableRules):
+        _quantize(component, rules, quantize)
     missing = set(shapes) - {row.target for row in component.rows}
     if missing:
         raise SnapGenError(
-            f"{where} lacks {name_some(missing)}; is it whole, and its config right?"
+            f"{where} lacks {name_keys(missing)}; is it whole, and its config right?"
         )
-    return component
 
 
-def as_they_are(reader) -> list[Row]:
-    """Rows of a model that is the same on both sides."""
-    rows = []
-    for key, info in reader.infos.items():
-        if info.dtype not in DTYPES:
-            raise SnapGenError(f"{reader.files[0]}: {key!r} has the dtype {info.dtype}, unfit here")
-        rows.append(Row(key, info.shape, COPY.action, key, DTYPES[info.dtype], step=COPY))
-    return rows
+def _quantize(component: PlannedComponent, rules: QuantizableRules, quantize: int) -> None:
+    """Pack the matrices whose rows are whole groups, and say so in the config."""
+    group = rules.group_size(component.source_config)
+    how = {"group_size": group, "bits": quantize}
+    for i, row in enumerate(component.rows):
+        if len(row.shape) == 2 and row.target.endswith(".weight") and row.shape[1] % group == 0:
+            layer = row.target.removesuffix(".weight")
+            packed = AffineRow(**vars(row), bits=rules.bits(layer, quantize), group=group)
+            if packed.bits != quantize:
+                how[layer] = {"group_size": group, "bits": packed.bits}
+            component.rows[i] = packed
+    component.config["quantization"] = how
 
 
-def _quantizes(rules, quantize) -> bool:
-    return bool(quantize) and hasattr(rules, "group_size")
-
-
-def _row(key, info, target, step, shape, where) -> Row:
+def _row(key: str, info: Info, target: str, step: Step, shape: tuple[int, ...], where: Path) -> Row:
     if info.dtype not in FLOATS:
         raise SnapGenError(
             f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
@@ -260,20 +188,24 @@ def _row(key, info, target, step, shape, where) -> Row:
             f"{where}: {key!r} of shape {info.shape} gives {tuple(got)}, but {target} has "
             f"{tuple(shape)}"
         )
-    return Row(key, tuple(shape), step.action, target, FLOATS[info.dtype], step=step)
+    return Row(key, tuple(shape), target, FLOATS[info.dtype], step)
 
 
-def _used(component, shapes, ema) -> dict[str, tuple[dict[str, Step], bool]]:
-    """{source key: (its targets, is EMA)}, after prefixes, drops and the choice of weights."""
+def _routes(
+    component: PlannedComponent, rules: Rules, shapes: dict[str, tuple[int, ...]], ema: bool
+) -> dict[str, dict[str, Step]]:
+    """{source key: what it becomes}, after prefixes, drops and the choice of weights."""
     infos, where = component.reader.infos, component.path
-    routed, unknown, filled = {}, [], {}
+    routed: dict[str, tuple[dict[str, Step], bool]] = {}
+    unknown: list[str] = []
+    filled: dict[tuple[str, bool], list[str]] = {}
     for key in infos:
-        targets, prefix, is_ema = _route(component.rules, key, infos[key], shapes)
+        targets, prefix, is_ema = _route(rules, key, infos[key], shapes)
         if targets is None:
             unknown.append(key)
             continue
         if isinstance(targets, Drop):
-            component.dropped.append(Row(key, infos[key].shape, f"dropped: {targets.reason}"))
+            component.dropped.append(Dropped(key, infos[key].shape, f"dropped: {targets.reason}"))
             continue
         if prefix:
             component.wrappers[prefix] = component.wrappers.get(prefix, 0) + 1
@@ -282,11 +214,11 @@ def _used(component, shapes, ema) -> dict[str, tuple[dict[str, Step], bool]]:
             filled.setdefault((target, is_ema), []).append(key)
     if unknown:
         raise SnapGenError(
-            f"{where}: no rule for {name_some(unknown)}; is it this model, and its config right?"
+            f"{where}: no rule for {name_keys(unknown)}; is it this model, and its config right?"
         )
     for (target, _), keys in filled.items():
         if len(keys) > 1:
-            raise SnapGenError(f"{where}: {name_some(keys)} all claim to be {target}")
+            raise SnapGenError(f"{where}: {name_keys(keys)} all claim to be {target}")
     kinds = {is_ema for _, is_ema in routed.values()}
     if ema and True not in kinds:
         raise SnapGenError(f"{where} holds no EMA weights; convert without --ema")
@@ -294,12 +226,14 @@ def _used(component, shapes, ema) -> dict[str, tuple[dict[str, Step], bool]]:
         other = "the raw weights (--ema was given)" if ema else "the EMA weights (--ema takes them)"
         for key, (_, is_ema) in list(routed.items()):
             if is_ema != ema:
-                component.dropped.append(Row(key, infos[key].shape, f"dropped: {other}"))
+                component.dropped.append(Dropped(key, infos[key].shape, f"dropped: {other}"))
                 del routed[key]
-    return routed
+    return {key: targets for key, (targets, _) in routed.items()}
 
 
-def _route(rules, key, info, shapes):
+def _route(
+    rules: Rules, key: str, info: Info, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Step] | Drop | None, str, bool]:
     """(targets or Drop or None, wrapper prefix, is EMA): the least stripping that is known."""
     prefixes = PREFIXES + EMA_PREFIXES + getattr(rules, "PREFIXES", ())
     parts = key.split(".")

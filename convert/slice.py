@@ -8,14 +8,11 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder
-from ..lora import FEW_STEP, few_step_lora
+from ..layout import COMPONENTS, FEW_STEP, TOKENIZERS, few_step_lora, load_config
+from ..loading import load_dit
 from ..models.elastic import bank_index, in_bank, slice_flat
-from ..weights import load_config, load_dit, write_json
-from .formats import open_weights
-from .hub import COMPONENTS
-from .plan import TOKENIZERS, Component, Row, as_they_are
-from .steps import Step
-from .write import check_disk, verify, write_components
+from ..tensors.readers import open_component
+from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_components
 
 
 def slice_model(folder, dest, variant: str) -> dict:
@@ -33,15 +30,14 @@ def slice_model(folder, dest, variant: str) -> dict:
     index = config.variant_index(variant)
     if len(config.widths) == 1:
         raise UsageError(f"{folder} has this width alone; there is nothing to cut")
-    part = Component("transformer", path, source, None, path / "config.json")
-    part.reader = open_weights(path)
-    for row in as_they_are(part.reader):
+    part = Component(
+        name="transformer", config=config.variant(index).to_dict(), reader=open_component(path)
+    )
+    for row in copy_rows(part.reader):
         part.rows += _cut(row, config, index)
-    part.config = config.variant(index).to_dict()
     if isinstance(source.get("quantization"), dict):
         part.config["quantization"] = _renamed(source["quantization"], index)
     with atomic_folder(dest) as tmp:
-        check_disk(tmp, {part.name: part})
         for name in (*COMPONENTS, *TOKENIZERS.values()):
             if name != part.name and (folder / name).is_dir():
                 shutil.copytree(folder / name, tmp / name)
@@ -51,9 +47,8 @@ def slice_model(folder, dest, variant: str) -> dict:
         for file in folder.iterdir():
             if file.is_file() and file.name != "recipe.json":  # its layers have other names
                 shutil.copyfile(file, tmp / file.name)
-        write_components(tmp, {part.name: part}, "mlx")
-        write_json(tmp / part.name / "config.json", part.config)
-        verify(tmp, {part.name: part})
+        write_components(tmp, [part])
+        verify(tmp, [part])
         load_dit(tmp)  # every key and shape is right
     return {"bytes": part.nbytes}
 
@@ -75,7 +70,7 @@ def _cut(row: Row, config: DiTConfig, index: int) -> list[Row]:
             "before it is quantized"
         ) from e
     step = Step("slice", lambda a: next(iter(apply(a).values())))
-    return [Row(row.source, a.shape, "slice", key, a.dtype, step=step) for key, a in cut.items()]
+    return [Row(row.source, a.shape, key, a.dtype, step) for key, a in cut.items()]
 
 
 def _renamed(quantization: dict, index: int) -> dict:

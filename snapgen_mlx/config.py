@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Self
 
 from .errors import SnapGenError, UsageError
 
@@ -9,8 +10,18 @@ CLASS_NAME = "SnapGenPPTransformer2DModel"
 VARIANT_NAMES = {0.375: "tiny", 0.5: "small", 1.0: "full"}
 
 
+class ConfigMixin:
+    """A dataclass made from the dictionary of a config.json."""
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """Keys that the class does not know are left out."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in d.items() if k in names})
+
+
 @dataclass
-class DiTConfig:
+class DiTConfig(ConfigMixin):
     """One SnapGen++ transformer (architecture section 4; the switches of ablations A-D last).
 
     With several ``widths`` the sizes are those of the full width and the checkpoint is a supernet;
@@ -82,7 +93,7 @@ class DiTConfig:
             raise SnapGenError("transformer config: widths must rise and end with 1.0")
 
     @classmethod
-    def from_dict(cls, d: dict) -> "DiTConfig":
+    def from_dict(cls, d: dict) -> Self:
         """Read ``transformer/config.json``. Raises SnapGenError for another model's config."""
         if d.get("_class_name", CLASS_NAME) != CLASS_NAME or "hidden_size" not in d:
             other = d.get("_class_name") or d.get("model_type") or "another model"
@@ -93,7 +104,7 @@ class DiTConfig:
         other = set(d) - names - {"_class_name", "_diffusers_version", "variant", "quantization"}
         if other:
             raise SnapGenError(f"transformer config: unknown key {sorted(other)[0]!r}")
-        return cls(**{k: v for k, v in d.items() if k in names}, variant_name=d.get("variant"))
+        return super().from_dict(d | {"variant_name": d.get("variant")})
 
     def to_dict(self) -> dict:
         d = dataclasses.asdict(self)
@@ -115,7 +126,7 @@ class DiTConfig:
             )
         return self.variants.index(name)
 
-    def variant(self, index: int) -> "DiTConfig":
+    def variant(self, index: int) -> Self:
         """The configuration of one width as a model of its own (architecture section 3)."""
         w = self.widths[index]
         return dataclasses.replace(
@@ -128,7 +139,7 @@ class DiTConfig:
         )
 
     @classmethod
-    def preset(cls, name: str) -> "DiTConfig":
+    def from_preset(cls, name: str) -> Self:
         """ "full" (the 1.6 B supernet), "small" and "tiny" (its slices), "embedded" (shipped)."""
         if name == "embedded":
             return cls(

@@ -13,13 +13,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .pipeline import Pipeline, Settings
+from .loading import load_dit
+from .pipeline import Pipeline
+from .sampling import last_step
+from .settings import Settings
 from .training.data import encode_images
-from .training.elastic import validation_loss
-from .training.finetune import encode_data
+from .training.encoding import encode_data
+from .training.flow_matching import validation_loss
 from .training.loop import fixed_batches
 from .training.pictures import Example
-from .weights import load_dit
 
 BATCH_PIXELS = 2**20  # validated at once
 
@@ -87,7 +89,7 @@ def evaluate(
 
 def _square_latents(pipe: Pipeline, latents: list, examples: list[Example], s: Settings):
     """Flat latents of the pictures in the size that is drawn; ``latents`` where they have it."""
-    shape = s.height // 8, s.width // 8
+    shape = pipe.latent_size(s)
     if any(a.shape[:2] != shape for a in latents):
         latents = encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width))
         pipe.free("vae")
@@ -98,9 +100,7 @@ def draw_latents(pipe: Pipeline, jobs: list[Settings]) -> np.ndarray:
     """Flat latents (N, D) of the pictures that ``pipe.generate`` would make."""
     out = []
     for job in jobs:
-        for step in pipe.stream(job):  # noqa: B007
-            pass
-        out.append(np.array(step.x).ravel())
+        out.append(np.array(last_step(pipe.stream(job)).x).ravel())
     return np.stack(out)
 
 

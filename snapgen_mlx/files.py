@@ -1,6 +1,7 @@
 """Writing files and folders whole or not at all: a temporary name, fsync, then rename."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,29 @@ UNFINISHED = ".unfinished"  # ends the names of temporary folders
 def file_sha256(path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def folder_bytes(folder) -> int:
+    """Bytes of all files below a folder."""
+    return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+
+
+def read_json(path: Path) -> dict:
+    """Raises SnapGenError for a file that is missing or holds no JSON object."""
+    try:
+        d = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SnapGenError(f"cannot read {path}: {e.strerror}; is this a model folder?") from e
+    except (ValueError, RecursionError) as e:
+        raise SnapGenError(f"{path} is not valid JSON; download or convert it again") from e
+    if not isinstance(d, dict):
+        raise SnapGenError(f"{path} does not hold a JSON object")
+    return d
+
+
+def write_json(path, d: dict) -> None:
+    with atomic_write(path) as tmp:
+        tmp.write_text(json.dumps(d, indent=2) + "\n", encoding="utf-8")
 
 
 def _remove_unfinished(path: Path) -> None:

@@ -4,6 +4,7 @@ W' = W + scale · alpha/r · B A with A (r, in) and B (out, r) [Hu et al. 2021, 
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .config import DiTConfig
-from .errors import SnapGenError
+from .errors import SnapGenError, name_keys
+from .layout import FEW_STEP
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
-from .quantization.palette import expand
-from .safetensors_io import read_header
+from .tensors.palette import expand
+from .tensors.safetensors_io import read_header, save_arrays
 
 PARTS = {
     **dict.fromkeys((".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"), "a"),
@@ -24,7 +26,6 @@ PARTS = {
 }
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_unet_")
 LISTED = 5  # keys named in a message
-FEW_STEP = "few_step"  # a model's folder of LoRAs, by width, with which it needs few steps
 
 
 class Update(NamedTuple):
@@ -32,12 +33,6 @@ class Update(NamedTuple):
 
     a: mx.array  # (r, in)
     b: mx.array  # (out, r)
-
-
-def few_step_lora(folder, variant: str) -> Path | None:
-    """The LoRA of a model folder with which a width draws in few steps, if it has one."""
-    path = Path(folder) / FEW_STEP / f"{variant}.safetensors"
-    return path if path.is_file() else None
 
 
 def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) -> dict[str, Update]:
@@ -57,12 +52,10 @@ def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) ->
             updates, bad = own, own_bad
     elif index is not None:
         updates = _cut(updates, config, index)
-    if unfit := sorted(unfit + [key for name in bad for key in layers[name].values()]):
-        listed = ", ".join(map(repr, unfit[:LISTED]))
-        more = f" and {len(unfit) - LISTED} more" if len(unfit) > LISTED else ""
+    if unfit := unfit + [key for name in bad for key in layers[name].values()]:
         raise SnapGenError(
             f"{path}: {len(unfit)} of {len(tensors)} keys fit no layer of this model: "
-            f"{listed}{more}; is the LoRA of another model?"
+            f"{name_keys(unfit, LISTED)}; is the LoRA of another model?"
         )
     if not updates:
         raise SnapGenError(f"{path} holds nothing for this width of the model")
@@ -79,6 +72,17 @@ def read_lora(path) -> dict[str, mx.array]:
         raise SnapGenError(f"{path} is not a safetensors file, which a LoRA must be")
     read_header(path)
     return expand(mx.load(str(path)), path)
+
+
+def copy_few_step_loras(
+    source: Path, target: Path, change: Callable[[dict], dict] = lambda tensors: tensors
+) -> None:
+    """The LoRAs with which a model needs few steps, where it has them; palettes become floats.
+
+    change: what becomes of a LoRA's tensors.
+    """
+    for file in sorted((source / FEW_STEP).glob("*.safetensors")):
+        save_arrays(target / FEW_STEP / file.name, change(read_lora(file)))
 
 
 def _read(path) -> tuple[dict[str, dict[str, str]], dict[str, mx.array], list[str]]:

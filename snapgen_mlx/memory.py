@@ -2,40 +2,34 @@
 
 Bytes are those of MLX's own arrays, as ``mx.get_peak_memory`` counts them. The forms below follow
 from the architecture; their coefficients were measured on MLX's CPU build. On Metal attention is
-fused for usual head sizes and convolutions do not unfold their input: attention counts nothing
-there and convolutions half (an estimate).
+fused for usual head sizes and counts nothing.
 """
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .config import DiTConfig
-from .errors import UsageError
+from .device import compute_dtype, on_metal, usable_memory
+from .errors import UsageError, format_bytes
+from .loading import load_dit, load_dit_config
 from .models.dit import DiT
-from .models.tiny_decoder import TinyDecoderConfig
-from .models.vae import AutoencoderKLQwenImage, Decoder
-from .quantization.palette import SUFFIX as PALETTE
-from .safetensors_io import NAMES
-from .weights import compute_dtype, load_config, load_dit, load_infos
+from .models.interfaces import Autoencoder, TextEncoder
+from .models.sizes import parameter_count
+from .tensors.palette import SUFFIX as PALETTE
+from .tensors.safetensors_io import NAMES
+from .tensors.weights import load_infos
 
 HEAVY_ENCODERS = 100_000_000  # bytes; lighter ones stay beside the transformer
 FUSED_HEADS = (64, 72, 80, 96, 128)  # head_dim of Metal's attention without a score matrix
-TEXT_TOKENS = {"clip": 77, "gemma": 256, "static": 32}
 TILE, LOW_RAM_TILE = 32, 16  # latent positions a side of what the large VAE decodes at once
-SHARE = 0.8  # of a machine's memory may be MLX's where the system names no limit
 FOUR_BITS = 0.32  # of bfloat16: 4.5 bits a weight, 8.5 for the sensitive layers
 
 
-def usable_memory() -> int:
-    """Bytes that MLX may take on this machine: Metal's working set, or a share of all memory."""
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    return limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def decoding_tile(low_ram: bool) -> int:
+    return LOW_RAM_TILE if low_ram else TILE
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,6 @@ class Request:
     guided: bool = False
     low_ram: bool = False
     keep_encoders: bool = False
-
-    @property
-    def tile(self) -> int:
-        return LOW_RAM_TILE if self.low_ram else TILE
 
 
 @dataclass(frozen=True)
@@ -66,37 +56,33 @@ class Prediction:
         return max(self.encode, self.denoise, self.decode)
 
 
-def weight_bytes(part, only: tuple[str, ...] = ("",)) -> int:
-    """Bytes of a loaded part's weights whose paths start with one of ``only``; none is read."""
-    if isinstance(part, nn.Module):
-        parameters = tree_flatten(part.parameters())
-        return sum(a.nbytes for path, a in parameters if path.startswith(only))
-    return sum(a.nbytes for a in vars(part).values() if isinstance(a, mx.array))
-
-
 class ModelMemory:
     """Memory needs of a model folder with its (unread) autoencoder and text encoders."""
 
-    def __init__(self, folder, vae: nn.Module, encoders: list):
+    def __init__(self, folder, vae: Autoencoder, encoders: list[TextEncoder]):
         self.folder = Path(folder)
-        transformer = self.folder / "transformer"
-        self.config = DiTConfig.from_dict(load_config(transformer))
-        self.metal = mx.default_device() == mx.gpu
-        self.is_large_vae = isinstance(vae, AutoencoderKLQwenImage)
-        self._vae_config = vae.config if self.is_large_vae else vae.decoder.config
-        self.decoder = weight_bytes(vae, ("decoder.", "post_quant_conv."))
-        self.encoders = sum(map(weight_bytes, encoders))
-        self._encoding = sum(map(_encoding_bytes, encoders))
-        self._text_tokens = 1 + sum(TEXT_TOKENS.get(e.name, 0) for e in encoders)
+        self.config = load_dit_config(self.folder)
+        self.metal = on_metal()
+        self.decoder = vae.decoder_bytes
+        self.encoders = sum(encoder.nbytes for encoder in encoders)
+        self.vae = vae.config  # not the network: it would stay in memory
+        self._encoding = sum(encoder.encoding_bytes() for encoder in encoders)
+        self._text_tokens = 1 + sum(encoder.max_tokens for encoder in encoders)
         names = {e.name for e in encoders}
         # Weights that no text passes through are never read.
         self._unread = tuple(f"text_embed.{n}." for n in self.config.text_dims if n not in names)
-        infos = {k: i for k, i in load_infos(transformer).items() if not k.startswith(self._unread)}
+        infos = load_infos(self.folder / "transformer")
+        infos = {k: i for k, i in infos.items() if not k.startswith(self._unread)}
         self.is_quantized = any(key.endswith(".scales") for key in infos)
         self.is_palette = any(key.endswith(PALETTE) for key in infos)
         self._stored = max((info.nbytes for info in infos.values()), default=0)
         self._is_cast = {NAMES[compute_dtype()]} != {info.dtype for info in infos.values()}
-        self._tensors = {}
+        self._tensors: dict[str, list[int]] = {}
+
+    @property
+    def pixel_multiple(self) -> int:
+        """A picture's width and height must be multiples of this."""
+        return self.vae.downsampling * self.config.token_multiple
 
     def weights(self, variant: str) -> int:
         """Bytes of the transformer at one width, as it is computed with on this machine."""
@@ -104,8 +90,7 @@ class ModelMemory:
 
     def parameters(self, variant: str) -> int:
         """Number of parameters of one width."""
-        dit = DiT(self.config.variant(self.config.variant_index(variant)))  # never evaluated
-        return sum(a.size for _, a in tree_flatten(dit.parameters()))
+        return parameter_count(DiT(self.config.variant(self.config.variant_index(variant))))
 
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
@@ -127,13 +112,14 @@ class ModelMemory:
         keep = self.keeps_encoders(r)
         kept = encoders if keep else 0
         beside = 0 if r.low_ram else self.decoder
-        h, w = r.height // 8, r.width // 8
+        h, w = r.height // self.vae.downsampling, r.width // self.vae.downsampling
         config = self.config.variant(self.config.variant_index(variant))
         denoise = _denoising_bytes(config, h, w, 1 + r.guided, self._text_tokens, self.metal)
+        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram))
         return Prediction(
             encode=encoders and encoders + self._encoding + (dit + beside if keep else 0),
             denoise=dit + kept + beside + max(denoise, self._loading(variant)),
-            decode=self.decoder + (0 if r.low_ram else dit + kept) + self._decoding(h, w, r.tile),
+            decode=self.decoder + (0 if r.low_ram else dit + kept) + decoding,
         )
 
     def fits(self, variant: str, request: Request, bits: int | None = None) -> bool:
@@ -161,7 +147,7 @@ class ModelMemory:
         offers = offer(f"--variant {fitting[-1]}", fitting[-1], request) if fitting else []
         if not request.low_ram:
             offers += offer("--low-ram", variant, replace(request, low_ram=True))
-        for size in _smaller(request):
+        for size in _smaller(request, self.pixel_multiple):
             if smaller := offer(f"--width {size.width} --height {size.height}", variant, size):
                 offers += smaller
                 break
@@ -182,33 +168,14 @@ class ModelMemory:
             held += 3 * max(self._variant_tensors(variant))
         return held
 
-    def _decoding(self, h: int, w: int, tile: int) -> int:
-        if self.is_large_vae:
-            return _large_vae_bytes(self._vae_config, h, w, tile, self.metal)
-        return _small_vae_bytes(self._vae_config, h, w)
 
-
-def format_bytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
-
-
-def _smaller(request: Request):
-    """The same shape at less and less pixels, in multiples of 64 a side."""
-    longer = max(request.width, request.height)
-    for side in range(longer - 64, 0, -64):
-        w, h = (max(round(n * side / longer / 64), 1) * 64 for n in (request.width, request.height))
+def _smaller(request: Request, multiple: int) -> Iterator[Request]:
+    """The same shape at less and less pixels, in multiples of so many a side."""
+    shape = request.width, request.height
+    for side in range(max(shape) - multiple, 0, -multiple):
+        scale = side / max(shape) / multiple
+        w, h = (max(round(n * scale), 1) * multiple for n in shape)
         yield replace(request, width=w, height=h)
-
-
-def _encoding_bytes(encoder) -> int:
-    """Activations of a text encoder at its longest text."""
-    c = getattr(encoder, "args", getattr(encoder, "config", None))
-    if c is None:  # a table
-        return 0
-    tokens = TEXT_TOKENS[encoder.name]
-    scores = c.num_attention_heads * tokens**2
-    layer = tokens * (12 * c.hidden_size + 4 * c.intermediate_size) + 2 * scores
-    return layer * compute_dtype().size
 
 
 def attention_scores(config: DiTConfig, stage: int, n: int) -> int:
@@ -236,33 +203,3 @@ def _denoising_bytes(
         stages.append(layers and 19 * n * d + config.num_heads * scores)
     text = text_tokens * (2 * sum(config.layers) * d + 2 * config.caption_dim)
     return batch * size * (max(stages) + text)
-
-
-def _large_vae_bytes(config, h: int, w: int, tile: int, metal: bool) -> int:
-    """The Qwen-Image VAE decoding in tiles: its middle block on the whole latent, whose score
-    matrix is whole too, then two neighbouring parts of the up blocks on the largest tile."""
-    size = compute_dtype().size
-    decoder, dims = Decoder(config), [config.base_dim * m for m in config.dim_mult[::-1]]
-    tile = tile if tile < max(h, w) else max(h, w)
-    parts, scale = [], 1
-    for dim, block, halo in zip(dims, decoder.up_blocks, decoder.halos(), strict=True):
-        area = 1
-        for n in (h, w):
-            area *= min(scale * tile + 2 * halo, scale * n)
-        parts.append(area * dim * (13 + 13.5 * len(block.resnets)))
-        if block.upsamplers:
-            parts.append(area * dim * 46)
-            scale *= 2
-    up = max(map(sum, pairwise(parts)))
-    middle = (h * w) ** 2 + 40 * h * w * dims[0]
-    pixels = 2 * 3 * h * w * scale**2
-    return int(size * (max(middle, up / 2 if metal else up) + h * w * dims[0] + pixels))
-
-
-def _small_vae_bytes(config: TinyDecoderConfig, h: int, w: int) -> int:
-    """A decoder of separable blocks, never tiled, always in float32."""
-    stages = [
-        4**stage * channels * (18 + 4 * config.expansion)
-        for stage, channels in enumerate(config.channels)
-    ]
-    return 4 * h * w * (max(stages) + 60 * 4 ** (len(stages) - 1))

@@ -7,7 +7,7 @@ from PIL import Image, PngImagePlugin
 
 from .errors import SnapGenError
 from .files import atomic_write
-from .pipeline import Settings
+from .settings import Settings
 
 METADATA_KEY = "snapgen-mlx"
 

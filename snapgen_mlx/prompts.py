@@ -1,7 +1,8 @@
-"""Several prompts written as one: "a {happy,sad} cat"."""
+"""Prompts from files, and several written as one: "a {happy,sad} cat"."""
 
 import itertools
 import re
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -39,3 +40,15 @@ def expand(text: str) -> list[str]:
         )
         out.append(" ".join("".join(pieces).split()))
     return list(dict.fromkeys(out))
+
+
+def read_prompts(path) -> list[str]:
+    """The lines of a text file that hold something. Raises UsageError when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read the prompts in {path}: {e}") from e
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompt; write one a line")
+    return prompts

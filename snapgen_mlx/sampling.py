@@ -21,22 +21,9 @@ def schedule(steps: int, shift: float = 3.0) -> list[float]:
     return [shift * s / (1 + (shift - 1) * s) for s in grid] + [0.0]
 
 
-def guide(v_pos: mx.array, v_neg: mx.array, guidance: float, rescale: bool = False) -> mx.array:
-    """v = v_neg + g·(v_pos - v_neg), with ``rescale`` brought back to |v_pos| per token.
-
-    Velocities are (B, H, W, C); a token is a 2x2 window of the latent (Qwen-Image's packing).
-    """
-    v = v_neg + guidance * (v_pos - v_neg)
-    if not rescale:
-        return v
-
-    def norm(a):
-        B, H, W, C = a.shape
-        a = a.reshape(B, H // 2, 2, W // 2, 2, C).astype(mx.float32)
-        n = mx.sqrt(a.square().sum(axis=(2, 4, 5), keepdims=True))
-        return mx.broadcast_to(n, (B, H // 2, 2, W // 2, 2, 1)).reshape(B, H, W, 1)
-
-    return (v * (norm(v_pos) / mx.maximum(norm(v), 1e-6))).astype(v.dtype)
+def guide(v_pos: mx.array, v_neg: mx.array, guidance: float) -> mx.array:
+    """v = v_neg + g·(v_pos - v_neg) of velocities (B, H, W, C)."""
+    return v_neg + guidance * (v_pos - v_neg)
 
 
 @dataclass
@@ -57,7 +44,6 @@ def denoise(
     sigmas: list[float],
     guidance: float = 1.0,
     negative: tuple[dict, dict] | None = None,
-    rescale: bool = False,
 ) -> Iterator[Step]:
     """Integrate dx/dt = v from ``noise`` (B, H, W, C) along ``sigmas``, yielding every step.
 
@@ -76,7 +62,13 @@ def denoise(
         inputs = mx.concatenate([x, x]) if guided else x
         v = dit.denoise(inputs, times[i : i + 1], conditions).astype(mx.float32)
         if guided:
-            v = guide(v[:B], v[B:], guidance, rescale)
+            v = guide(v[:B], v[B:], guidance)
         x0 = x - sigma * v
         x = x + (following - sigma) * v
         yield Step(i, sigma, x, x0)
+
+
+def last_step(steps: Iterator[Step]) -> Step:
+    """Go through all steps; the last one has the picture's latent."""
+    *_, last = steps
+    return last

@@ -18,11 +18,12 @@ from recipes.embedded.autoencoder import (
     save_autoencoder,
 )
 from recipes.embedded.autoencoder_training import DECODER, JOINT, measure, scene_pool, train
-from snapgen_mlx.convert.convert import convert
-from snapgen_mlx.convert.export import export
+from snapgen_mlx.convert.to_mlx import convert
+from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.pipeline import load_vae
-from snapgen_mlx.weights import load_config, load_tensors
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.loading import load_vae
+from snapgen_mlx.tensors.weights import load_tensors
 
 TINY = dict(
     latent_channels=6,

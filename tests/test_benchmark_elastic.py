@@ -55,7 +55,7 @@ def test_comparison_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
 def test_fine_tuning_starts_from_trained_weights(tmp_path, monkeypatch, capsys):
     config = elastic.geometry(32)
     trained = {k: a * 0 for k, a in elastic.random_supernet(config).items()}
-    monkeypatch.setattr(elastic, "float_supernet", lambda model: (config, trained))
+    monkeypatch.setattr(elastic, "load_float_supernet", lambda model: (config, trained))
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     options = ["--fine-tune", "--arms", "elastic", "--learning-rate", "1e-9"]
     log, results = run(monkeypatch, capsys, data, out, *options)

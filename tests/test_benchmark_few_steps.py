@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import distillation, few_steps
 from benchmarks.few_steps import Frechet
-from snapgen_mlx.training.lora import lora_params, save_lora
+from snapgen_mlx.training.lora_training import lora_params, save_lora
 
 from .tiny import tiny_config, write_tiny_model
 

@@ -14,7 +14,7 @@ from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.quantization.calibration import Calibration
 from snapgen_mlx.quantization.quantize import quantize
 from snapgen_mlx.quantization.recipe import average_bits, uniform
-from snapgen_mlx.safetensors_io import read_header
+from snapgen_mlx.tensors.safetensors_io import read_header
 
 from .test_quantize import CONFIG, PROMPTS, SHAPES, write_model
 
@@ -49,8 +49,8 @@ def test_every_row_is_measured_once(model, data, tmp_path, monkeypatch, capsys):
     def calibration(model, prompts=PROMPTS, seed=0):
         return original(model, prompts, seed)
 
-    original = Calibration.of
-    monkeypatch.setattr(Calibration, "of", calibration)
+    original = Calibration.from_model
+    monkeypatch.setattr(Calibration, "from_model", calibration)
     monkeypatch.setattr(quantization, "measure", lambda *_: {})
     monkeypatch.setattr(quantization, "recipes", rows)
     made = []
@@ -109,7 +109,7 @@ def test_planned_sizes_are_written_ones(model, tmp_path, backend):
 
 
 def test_holes_are_read_as_models_but_take_no_room(tmp_path):
-    config = DiTConfig.preset("tiny")
+    config = DiTConfig.from_preset("tiny")
     with sizes.as_on_a_mac():
         cells = sizes.row(tmp_path, "tiny", config, "affine", 4.3).split("|")
     path = tmp_path / "transformer" / "model.safetensors"

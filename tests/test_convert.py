@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from snapgen_mlx.cli.convert import convert as convert_command
 from snapgen_mlx.cli.export import export as export_command
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.convert import write
-from snapgen_mlx.convert.convert import convert
-from snapgen_mlx.convert.export import export
+from snapgen_mlx.convert.to_mlx import convert
+from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.errors import SnapGenError, UsageError
-from snapgen_mlx.models.clip_text import CLIPText
-from snapgen_mlx.models.gemma_text import GemmaText
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.loading import load_dit
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
-from snapgen_mlx.weights import assign, load_config, load_dit, load_tensors
+from snapgen_mlx.tensors import stream
+from snapgen_mlx.tensors.weights import assign, load_tensors
+from snapgen_mlx.text_loading import load_clip_text, load_gemma_text
 
 from . import checkpoints
 from .fake_hub import COMMIT, FakeHub
@@ -53,7 +54,7 @@ def converted(source, tmp_path_factory):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(write, "SHARD_BYTES", 2_000_000)
+    monkeypatch.setattr(stream, "SHARD_BYTES", 2_000_000)
 
 
 def copy(source, target):
@@ -118,7 +119,7 @@ def test_vae(converted):
 
 
 def test_text_encoders(converted):
-    clip = CLIPText.load(converted / "text_encoder", converted / "tokenizer", mx.float32)
+    clip = load_clip_text(converted / "text_encoder", converted / "tokenizer", mx.float32)
     states, mask = clip.encode(WORDS)
     batch = checkpoints.clip_tokenizer()(WORDS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -126,7 +127,7 @@ def test_text_encoders(converted):
     valid = np.array(mask)
     assert rel(np.array(states)[valid], expected[torch.from_numpy(valid)]) < 1e-5
 
-    gemma = GemmaText.load(converted / "text_encoder_2", converted / "tokenizer_2", mx.float32)
+    gemma = load_gemma_text(converted / "text_encoder_2", converted / "tokenizer_2", mx.float32)
     states, mask = gemma.encode(WORDS[:1])
     ids = [2, *checkpoints.gemma_tokenizer().encode(WORDS[0]).ids]
     with torch.no_grad():
@@ -229,8 +230,8 @@ def test_quantize(source, converted, tmp_path, bits):
         assert error < (0.35 if bits == 4 else 0.05)
 
     folder = tmp_path / "out"
-    gemma = GemmaText.load(folder / "text_encoder_2", folder / "tokenizer_2", mx.float32)
-    exact = GemmaText.load(converted / "text_encoder_2", converted / "tokenizer_2", mx.float32)
+    gemma = load_gemma_text(folder / "text_encoder_2", folder / "tokenizer_2", mx.float32)
+    exact = load_gemma_text(converted / "text_encoder_2", converted / "tokenizer_2", mx.float32)
     a, b = gemma.encode(WORDS)[0], exact.encode(WORDS)[0]
     assert 0 < (mx.abs(a - b).mean() / mx.abs(b).mean()).item() < (0.6 if bits == 4 else 0.05)
 
@@ -281,7 +282,7 @@ def test_component_folder_with_its_tokenizer(source, converted, tmp_path):
     for file in (source / "tokenizer").iterdir():
         shutil.copy(file, tmp_path / "clip")
     convert(tmp_path / "clip", tmp_path / "out")
-    CLIPText.load(tmp_path / "out" / "text_encoder", tmp_path / "out" / "tokenizer")
+    load_clip_text(tmp_path / "out" / "text_encoder", tmp_path / "out" / "tokenizer")
     assert not (tmp_path / "out" / "tokenizer" / "config.json").exists()
 
 
@@ -390,13 +391,13 @@ def test_clip_layouts(source, converted, tmp_path, layout):
 
 def test_open_clip_config(tmp_path):
     text = {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}
-    from snapgen_mlx.convert import clip_text
+    from snapgen_mlx.convert.rules import clip
 
     for config in ({"text_cfg": text}, {"model_cfg": {"text_cfg": text, "quick_gelu": True}}):
-        ours = clip_text.config(config)
+        ours = clip.config(config)
         assert (ours["hidden_size"], ours["num_attention_heads"]) == (256, 4)
         assert ours["hidden_act"] == ("quick_gelu" if "model_cfg" in config else "gelu")
-        assert len(clip_text.shapes(config)) == 4 + 16 * 3
+        assert len(clip.shapes(config)) == 4 + 16 * 3
 
 
 @pytest.mark.parametrize("layout", ["text", "old multimodal", "new multimodal"])
@@ -434,10 +435,10 @@ def slow_convert(source, dest, wait) -> subprocess.Popen:
     """A conversion in another process that stops after ``wait`` progress reports."""
     code = f"""
 import signal, sys, time
-from snapgen_mlx.convert import write
-from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.tensors import stream
+from snapgen_mlx.convert.to_mlx import convert
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
-write.SHARD_BYTES = 2_000_000
+stream.SHARD_BYTES = 2_000_000
 count = 0
 def progress(done, total):
     global count
@@ -637,7 +638,7 @@ def test_full_disk(source, tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(write, "write_tensors", no_space)
+    monkeypatch.setattr(stream, "write_tensors", no_space)
     fails(tmp_path, "No space left on device", source=source)
 
 
@@ -647,7 +648,7 @@ def test_disk_that_fills_up(source, tmp_path):
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.errors import SnapGenError
 try:
     convert({str(source)!r}, {str(tmp_path / "out")!r})
@@ -771,8 +772,9 @@ def test_round_trip_of_the_embedded_kind(tmp_path):
     """A static text table and the small autoencoder, in the places of the large models."""
     from mlx.utils import tree_flatten
 
+    from snapgen_mlx.files import write_json
     from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
-    from snapgen_mlx.weights import save_tensors, write_json
+    from snapgen_mlx.tensors.weights import save_tensors
 
     folder = tmp_path / "model"
     sampling = {"steps": 4, "guidance": 1.0, "shift": 3.0, "size": 256}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.weights import load_tensors
+from snapgen_mlx.tensors.weights import load_tensors
 
 from . import checkpoints
 

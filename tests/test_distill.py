@@ -16,6 +16,7 @@ from PIL import Image
 
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.loading import load_supernet
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import bank_index, slice_flat
 from snapgen_mlx.pipeline import Pipeline
@@ -31,12 +32,11 @@ from snapgen_mlx.training.distill import (
     feature_loss,
     timestep_aware,
 )
-from snapgen_mlx.training.elastic import add_noise
+from snapgen_mlx.training.flow_matching import add_noise
 from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
 from snapgen_mlx.training.loop import fixed_batches
-from snapgen_mlx.training.lora import SCALE, lora_params
+from snapgen_mlx.training.lora_training import SCALE, lora_params
 from snapgen_mlx.training.watch import Watch
-from snapgen_mlx.weights import load_supernet
 
 from .tiny import write_tiny_model
 from .toy import ToyText, toy_config, toy_data, toy_params

@@ -296,9 +296,9 @@ def test_ablation_parameter_counts(change, millions):
 
 
 def test_presets_are_the_contract():
-    assert DiTConfig.preset("full") == DiTConfig.from_dict(FULL)
+    assert DiTConfig.from_preset("full") == DiTConfig.from_dict(FULL)
     for index, name in enumerate(["tiny", "small"]):
         with torch.device("meta"):
             supernet = SnapGenPPTransformer2DModel(FULL).state_dict()
         config = slice_state_dict(supernet, FULL, index)[1]
-        assert DiTConfig.preset(name) == DiTConfig.from_dict(config)
+        assert DiTConfig.from_preset(name) == DiTConfig.from_dict(config)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from snapgen_mlx import Pipeline
 from snapgen_mlx.cli.main import main
-from snapgen_mlx.pipeline import embedded_model
+from snapgen_mlx.hub import embedded_model
 from snapgen_mlx.sampling import denoise, schedule
 
 VARIANTS = ("tiny", "small", "full")

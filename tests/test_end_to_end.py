@@ -20,7 +20,9 @@ from transformers import GemmaTokenizer
 
 from snapgen_mlx import Pipeline
 from snapgen_mlx.cli.main import main
-from snapgen_mlx.weights import dequantize, load_config, load_tensors
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.tensors.affine import dequantize
+from snapgen_mlx.tensors.weights import load_tensors
 
 from . import checkpoints
 from .fake_hub import COMMIT, FakeHub

@@ -14,7 +14,7 @@ from PIL import Image
 from snapgen_mlx import Pipeline
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.evaluation import chance, evaluate, ranks, shares
-from snapgen_mlx.pipeline import embedded_model
+from snapgen_mlx.hub import embedded_model
 from snapgen_mlx.training.pictures import read_folder
 
 from .tiny import write_tiny_model

@@ -8,13 +8,15 @@ import pytest
 from click.testing import CliRunner
 
 from snapgen_mlx.cli.main import main
-from snapgen_mlx.convert.convert import convert
-from snapgen_mlx.convert.export import export
 from snapgen_mlx.convert.slice import slice_model
-from snapgen_mlx.pipeline import Pipeline, Settings
+from snapgen_mlx.convert.to_mlx import convert
+from snapgen_mlx.convert.to_pytorch import export
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.loading import load_dit
+from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.png import read_metadata
-from snapgen_mlx.training.lora import lora_params, save_lora
-from snapgen_mlx.weights import load_config, load_dit
+from snapgen_mlx.settings import Settings
+from snapgen_mlx.training.lora_training import lora_params, save_lora
 
 from .tiny import tiny_config, write_tiny_model
 

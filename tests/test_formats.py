@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from snapgen_mlx.convert import formats
 from snapgen_mlx.convert.formats import open_weights
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.safetensors_io import read_header, write_tensors
+from snapgen_mlx.tensors.safetensors_io import read_header, write_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 DTYPES += (torch.int8, torch.uint8, torch.bool)

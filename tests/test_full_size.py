@@ -3,7 +3,7 @@
 import re
 
 from benchmarks.full_size import compare
-from snapgen_mlx.convert.convert import convert
+from snapgen_mlx.convert.to_mlx import convert
 
 from . import checkpoints
 

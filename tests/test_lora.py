@@ -9,13 +9,15 @@ from mlx.utils import tree_flatten
 
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.convert.convert import convert
-from snapgen_mlx.convert.export import export
+from snapgen_mlx.convert.to_mlx import convert
+from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.loading import load_dit, load_supernet
 from snapgen_mlx.lora import LoRALinear, add_lora, fuse_lora, load_lora
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
-from snapgen_mlx.weights import assign, load_config, load_dit, load_supernet
+from snapgen_mlx.tensors.weights import assign
 
 from .tiny import write_tiny_model
 

@@ -15,13 +15,16 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.convert.init import init
 from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.files import write_json
+from snapgen_mlx.layout import FORMAT
+from snapgen_mlx.loading import load_vae
 from snapgen_mlx.memory import ModelMemory, Request
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.gemma_text import GemmaText
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
-from snapgen_mlx.pipeline import load_text_encoders, load_vae
-from snapgen_mlx.safetensors_io import TensorInfo
-from snapgen_mlx.weights import FORMAT, save_tensors, write_json
+from snapgen_mlx.tensors.safetensors_io import TensorInfo
+from snapgen_mlx.tensors.weights import save_tensors
+from snapgen_mlx.text_loading import load_text_encoders
 
 from . import checkpoints
 from .tiny import write_tiny_model
@@ -57,7 +60,7 @@ def embedded(tmp_path_factory):
 def large(tmp_path_factory):
     """The full geometry, narrow and shallow, and the large VAE with fewer channels."""
     sizes = {"hidden_size": 384, "num_heads": 6, "num_kv_heads": 3, "layers": [1, 1, 1]}
-    config = dataclasses.replace(DiTConfig.preset("tiny"), cross_kv_heads=3, **sizes)
+    config = dataclasses.replace(DiTConfig.from_preset("tiny"), cross_kv_heads=3, **sizes)
     folder = tmp_path_factory.mktemp("large") / "model"
     return write_model(folder, config, VAEConfig(base_dim=16), mx.bfloat16)
 

@@ -64,7 +64,7 @@ def test_wheel_holds_the_packages_and_assets(wheel):
         for path in (ROOT / folder).rglob("*.py")
     }
     expected |= {p.relative_to(ROOT).as_posix() for p in ASSETS.rglob("*") if p.is_file()}
-    assert "snapgen_mlx/convert/convert.py" in expected and "snapgen_mlx/cli/main.py" in expected
+    assert "snapgen_mlx/convert/to_mlx.py" in expected and "snapgen_mlx/cli/main.py" in expected
     assert expected | {PROBE} <= names
     tops = {name.split("/")[0] for name in names}
     assert tops == {"snapgen_mlx", "snapgen_mlx-0.1.0.dist-info"}
@@ -116,5 +116,5 @@ def test_no_module_imports_a_heavy_library(run):
         "print(*sys.modules)"
     )
     loaded = set(out.split())
-    assert {"snapgen_mlx.pipeline", "snapgen_mlx.convert.convert", "mlx.core"} <= loaded
+    assert {"snapgen_mlx.pipeline", "snapgen_mlx.convert.to_mlx", "mlx.core"} <= loaded
     assert not loaded & {"torch", "torchvision", "transformers", "diffusers", "mlx_lm"}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.quantization.palette import BITS, expand, fit, kmeans, pack, roundtrip, unpack
+from snapgen_mlx.tensors.palette import BITS, expand, fit, kmeans, pack, roundtrip, unpack
 
 
 def least_error(values: np.ndarray, k: int) -> float:

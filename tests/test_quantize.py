@@ -17,15 +17,17 @@ from mlx.utils import tree_flatten
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.convert.slice import slice_model
-from snapgen_mlx.lora import FEW_STEP, read_lora
+from snapgen_mlx.files import folder_bytes, write_json
+from snapgen_mlx.layout import FEW_STEP, load_config
+from snapgen_mlx.loading import load_dit, load_supernet
+from snapgen_mlx.lora import read_lora
 from snapgen_mlx.memory import Request
 from snapgen_mlx.models.elastic import axis_groups, leading_slice, random_supernet, slice_flat
 from snapgen_mlx.pipeline import Pipeline
-from snapgen_mlx.quantization import palette, sensitivity
+from snapgen_mlx.quantization import sensitivity
 from snapgen_mlx.quantization.backends import backend_of
 from snapgen_mlx.quantization.calibration import Calibration, load_widths
-from snapgen_mlx.quantization.palette import BITS
-from snapgen_mlx.quantization.quantize import folder_bytes, load_rounded
+from snapgen_mlx.quantization.quantize import load_rounded
 from snapgen_mlx.quantization.recipe import (
     METHODS,
     Recipe,
@@ -36,15 +38,10 @@ from snapgen_mlx.quantization.recipe import (
     quantizable,
 )
 from snapgen_mlx.quantization.sensitivity import layer_inputs, measure
-from snapgen_mlx.safetensors_io import read_header
-from snapgen_mlx.weights import (
-    load_config,
-    load_dit,
-    load_supernet,
-    load_tensors,
-    save_tensors,
-    write_json,
-)
+from snapgen_mlx.tensors import palette
+from snapgen_mlx.tensors.palette import BITS
+from snapgen_mlx.tensors.safetensors_io import read_header
+from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 
 from .tiny import write_tiny_model
 
@@ -53,7 +50,7 @@ BACKENDS = ["affine", "palette"]
 PROMPTS = ["a smiling cat", "a red dog"]
 # Heads of 32 channels, so that there are convolutions for palettes.
 CONFIG = dataclasses.replace(
-    DiTConfig.preset("embedded"),
+    DiTConfig.from_preset("embedded"),
     **{"head_dim": 32, "num_heads": 8, "num_kv_heads": 8},
     **{"layers": [1, 2, 0], "text_dims": {"static": 8}, "caption_dim": 32},
 )
@@ -104,7 +101,7 @@ def prompts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(model, tmp_path_factory):
     """{backend: (file, sensitivities)}"""
-    out, calibration = {}, Calibration.of(model, PROMPTS)
+    out, calibration = {}, Calibration.from_model(model, PROMPTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(palette, "CELLS", 256)  # hundreds of palettes, quickly made
         for name in BACKENDS:
@@ -148,7 +145,7 @@ def test_the_last_layer_alone_changes_the_latents_by_its_output_error(
     write_json(folder / "config.json", config | {"sampling": config["sampling"] | {"steps": 1}})
     # Every token's input is taken, not a sample.
     monkeypatch.setattr(sensitivity, "ROWS", 10**6)
-    calibration = Calibration.of(folder, PROMPTS)
+    calibration = Calibration.from_model(folder, PROMPTS)
     for name in BACKENDS:
         form = backend_of(name, CONFIG)
         found = measure(folder, form, calibration, tmp_path / f"{name}.json")
@@ -176,7 +173,7 @@ def test_errors_are_measured_for_each_layer_width_and_number_of_bits(measured):
 
 
 def test_inputs_come_from_every_step(model):
-    calibration = Calibration.of(model, PROMPTS)
+    calibration = Calibration.from_model(model, PROMPTS)
     inputs = layer_inputs(Pipeline.load(model, "tiny"), calibration)
     assert inputs["time_embed.0.fc1"].shape == (2, 256)  # one vector a step
     assert len(inputs["down.0.attn.to_q"]) == 2 * 2 * 16  # all tokens of these small pictures
@@ -185,7 +182,7 @@ def test_inputs_come_from_every_step(model):
 
 @pytest.mark.parametrize("stop", [1, 5, 9])
 def test_an_interrupted_measurement_goes_on(model, measured, tmp_path, few_layers, stop):
-    path, calibration = tmp_path / "s.json", Calibration.of(model, PROMPTS)
+    path, calibration = tmp_path / "s.json", Calibration.from_model(model, PROMPTS)
     form = backend_of("affine", CONFIG)
 
     def interrupt(done, total):
@@ -523,8 +520,8 @@ def test_bad_requests_are_one_line(model, quantized, prompts, tmp_path):
         assert "out of range" in refused("--bits", bits, code=2)
     assert "exclude each other" in refused("--bits", 4, "--psnr", 40, code=2)
     (tmp_path / "empty.txt").write_text("\n \n")
-    assert "holds no prompt" in refused("--prompts", tmp_path / "empty.txt", code=1)
-    assert "cannot read the prompts" in refused("--prompts", tmp_path / "none", code=1)
+    assert "holds no prompt" in refused("--prompts", tmp_path / "empty.txt", code=2)
+    assert "cannot read the prompts" in refused("--prompts", tmp_path / "none", code=2)
     for backend in BACKENDS:
         line = refused(code=2, source=quantized[backend][0])
         assert "is quantized already" in line
@@ -539,7 +536,7 @@ def test_bad_requests_are_one_line(model, quantized, prompts, tmp_path):
         ({"format": "else"}, "is no recipe"),
         ({"architecture": None}, "is damaged"),
         ({"layers": [1]}, "is damaged"),
-        ({"architecture": {**DiTConfig.preset("full").to_dict()}}, "another architecture"),
+        ({"architecture": {**DiTConfig.from_preset("full").to_dict()}}, "another architecture"),
         ({"layers": {"x": 4}}, "disagree about the layer"),
         ({"layers": {**dict.fromkeys(SHAPES, 4), "final.proj": 7}}, "final.proj has 7 bits"),
         ({"layers": dict.fromkeys(SHAPES, "4")}, "has 4 bits"),

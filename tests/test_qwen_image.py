@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import qwen_image
 from snapgen_mlx.models.qwen_image import QwenImage, QwenImageConfig
-from snapgen_mlx.weights import assign
+from snapgen_mlx.tensors.weights import assign
 
 TINY = dict(
     patch_size=2,

@@ -12,7 +12,7 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import qwen_text
 from snapgen_mlx.models.gemma_text import import_mlx_lm
 from snapgen_mlx.models.qwen_text import QwenText
-from snapgen_mlx.weights import assign
+from snapgen_mlx.tensors.weights import assign
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["the cat's hat", " ", "A  SMILING cat,\twith 42 cats & {braces} (cafe\u0301) 🐈!"]

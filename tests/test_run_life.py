@@ -18,10 +18,11 @@ from snapgen_mlx import load_dit
 from snapgen_mlx.cli.finetune import duration
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 from snapgen_mlx.training.checkpoint import load_state, save_state
 from snapgen_mlx.training.loop import train
 from snapgen_mlx.training.report import Report
-from snapgen_mlx.weights import load_config, load_tensors, save_tensors
 
 from .tiny import write_tiny_model
 from .toy import toy_config, toy_data, toy_options, toy_run, toy_trainer
@@ -402,7 +403,7 @@ def test_ctrl_c_and_sigterm(start, material, finished, tmp_path):
 
 
 def test_ctrl_c_before_the_first_step_stops_at_once(material, tmp_path, monkeypatch):
-    import snapgen_mlx.training.finetune as module
+    import snapgen_mlx.training.encoding as module
 
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -17,9 +17,12 @@ from snapgen_mlx.convert import init as init_module
 from snapgen_mlx.convert.init import init
 from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.files import write_json
+from snapgen_mlx.layout import load_config
+from snapgen_mlx.loading import load_dit
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.vae import VAEConfig
-from snapgen_mlx.weights import load_config, load_dit, load_tensors, save_tensors, write_json
+from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 
 from .tiny import write_tiny_model
 
@@ -102,7 +105,7 @@ def packed_model(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("packed") / "model"
     shutil.copytree(model, folder)
     config = dataclasses.replace(
-        DiTConfig.preset("embedded"), layers=[1, 2, 1], text_dims={"static": 8}, caption_dim=32
+        DiTConfig.from_preset("embedded"), layers=[1, 2, 1], text_dims={"static": 8}, caption_dim=32
     )
     return packed(folder, config, 32)
 
@@ -211,13 +214,13 @@ def test_info_of_what_is_no_model(packed_model, tmp_path):
 @pytest.fixture
 def small_geometry(monkeypatch):
     """Geometries of the same parts, but quickly written."""
-    real = DiTConfig.preset
+    real = DiTConfig.from_preset
 
     def preset(name):
         small = dict(hidden_size=256, head_dim=16, num_heads=16, num_kv_heads=8, caption_dim=32)
         return dataclasses.replace(real("full"), **small, layers=[1, 2, 1], bna_blocks=4)
 
-    monkeypatch.setattr(init_module.DiTConfig, "preset", preset)
+    monkeypatch.setattr(init_module.DiTConfig, "from_preset", preset)
     monkeypatch.setattr(init_module, "VAEConfig", lambda: VAEConfig(base_dim=8))
 
 

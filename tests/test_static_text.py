@@ -9,6 +9,7 @@ import pytest
 from recipes.embedded import text_table
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.static_text import StaticText
+from snapgen_mlx.text_loading import load_static_text
 
 WORDS = ["[UNK]", "a", "cat", "kitty", "kit", "##ty", "##s", "rocket", "!", "cafe"]
 
@@ -39,7 +40,7 @@ def test_choice_of_rows():
 
 
 def test_states_and_mask(folder):
-    encoder = StaticText.load(folder)
+    encoder = load_static_text(folder)
     states, mask = encoder.encode(["A Cat!", "kittys", "", "café"])
     assert states.shape == (4, 3, 128) and states.dtype == mx.float32
     assert mask.tolist() == [
@@ -61,27 +62,27 @@ def mask_index(mask):
 
 
 def test_neighbours_survive_quantization(folder):
-    encoder = StaticText.load(folder)
+    encoder = load_static_text(folder)
     cat, kitty, rocket = (direction(encoder, w) for w in ("cat", "kitty", "rocket"))
     assert float(cat @ kitty) > 0.75 > 0.3 > abs(float(cat @ rocket))
 
 
 def test_order_changes_the_states(folder):
-    encoder = StaticText.load(folder)
+    encoder = load_static_text(folder)
     states, _ = encoder.encode(["cat rocket", "rocket cat"])
     moved = states[0, 0] - states[1, 1]  # the same word at two places
     assert 0 < float(mx.sqrt((moved * moved).mean())) < 0.6
 
 
 def test_a_text_does_not_depend_on_its_batch(folder):
-    encoder = StaticText.load(folder)
+    encoder = load_static_text(folder)
     alone, _ = encoder.encode(["a cat"])
     batch, _ = encoder.encode(["kitty rocket cat cat", "a cat"])
     assert mx.array_equal(alone[0], batch[1, :2])
 
 
 def test_long_and_foreign_texts(folder):
-    encoder = StaticText.load(folder)
+    encoder = load_static_text(folder)
     states, mask = encoder.encode(["cat " * 5000, "猫", "x" * 20000])
     assert states.shape == (3, 32, 128) and mask.sum(axis=1).tolist() == [32, 0, 0]
     states, mask = encoder.encode([""])
@@ -142,7 +143,7 @@ def test_table_vocabulary_reads_every_ascii_text():
 def test_damaged_folders_are_named(folder, damage, message):
     damage(folder)
     with pytest.raises(SnapGenError, match=message) as e:
-        StaticText.load(folder)
+        load_static_text(folder)
     assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 

@@ -7,7 +7,7 @@ import torch
 from mlx.utils import tree_flatten
 
 from snapgen_mlx.models.taehv import TAEHVConfig, TAEHVDecoder
-from snapgen_mlx.weights import assign
+from snapgen_mlx.tensors.weights import assign
 
 from .reference import torch_taehv
 

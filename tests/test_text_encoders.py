@@ -17,11 +17,13 @@ from transformers import (
     GemmaTokenizer,
 )
 
+from snapgen_mlx import text_loading
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import clip_text, gemma_text
 from snapgen_mlx.models.clip_text import CLIPText
-from snapgen_mlx.models.gemma_text import GemmaText
-from snapgen_mlx.weights import save_tensors
+from snapgen_mlx.tensors.weights import save_tensors
+from snapgen_mlx.text_loading import load_clip_text, load_gemma_text
+from snapgen_mlx.tokenizer_files import BOS, EOS, load_clip_tokenizer, load_gemma_tokenizer
 
 TEXTS = [
     "the cat's hat",
@@ -67,7 +69,7 @@ def clip_words():
     letters = sorted(ByteLevel.alphabet())
     merges = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>")]
     words = letters + [c + "</w>" for c in letters] + [a + b for a, b in merges]
-    words += [clip_text.BOS, clip_text.EOS]
+    words += [BOS, EOS]
     return {word: i for i, word in enumerate(words)}, merges
 
 
@@ -86,7 +88,7 @@ def clip_tokenizers(clip_words, tmp_path_factory):
 
 def clip_config(vocab: dict, **changes) -> CLIPTextConfig:
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    eos = vocab[clip_text.EOS]
+    eos = vocab[EOS]
     ids = dict(bos_token_id=eos - 1, eos_token_id=eos, pad_token_id=eos)
     return CLIPTextConfig(vocab_size=len(vocab), **{**sizes, **ids, **changes})
 
@@ -99,7 +101,7 @@ def test_clip_states_and_mask(clip_words, clip_tokenizers, tmp_path, act, legacy
     config = clip_config(clip_words[0], hidden_act=act, **({"eos_token_id": 2} if legacy else {}))
     theirs = randomise(CLIPTextModel(config))
     folder = write_model(tmp_path / "clip", config.to_dict(), to_mlx(theirs.state_dict()))
-    states, mask = CLIPText.load(folder, new if files == "new" else old).encode(TEXTS)
+    states, mask = load_clip_text(folder, new if files == "new" else old).encode(TEXTS)
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         expected = theirs(**batch)
@@ -204,7 +206,7 @@ def gemma_folder(gemma, tmp_path_factory):
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_gemma_states_under_padding(gemma, gemma_folder, gemma_tokenizers, side):
-    ours = GemmaText.load(gemma_folder, gemma_tokenizers[1])
+    ours = load_gemma_text(gemma_folder, gemma_tokenizers[1])
     generator = np.random.default_rng(0)
     ids, lengths = generator.integers(4, 300, (3, 12)), (12, 7, 1)
     start = {"left": lambda n: 12 - n, "right": lambda n: 0, "both": lambda n: (12 - n) // 2}[side]
@@ -219,7 +221,7 @@ def test_gemma_states_under_padding(gemma, gemma_folder, gemma_tokenizers, side)
 @pytest.mark.parametrize("files", ["json", "spm"])
 def test_gemma_encodes_text_as_the_original(gemma, gemma_folder, gemma_tokenizers, files):
     tokenizer, folder, spm = gemma_tokenizers
-    ours = GemmaText.load(gemma_folder, folder if files == "json" else spm)
+    ours = load_gemma_text(gemma_folder, folder if files == "json" else spm)
     states, mask = ours.encode(TEXTS)
     tokenizer.padding_side = "right"
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=256, return_tensors="pt")
@@ -233,7 +235,7 @@ def test_gemma_encodes_text_as_the_original(gemma, gemma_folder, gemma_tokenizer
 
 
 def test_gemma_cuts_long_texts(gemma_folder, gemma_tokenizers):
-    _, mask = GemmaText.load(gemma_folder, gemma_tokenizers[1]).encode(["z" * 1000, "a"])
+    _, mask = load_gemma_text(gemma_folder, gemma_tokenizers[1]).encode(["z" * 1000, "a"])
     assert mask.shape == (2, 256)
     assert mask.sum(axis=1).tolist()[0] == 256
 
@@ -249,8 +251,8 @@ def test_gemma_from_a_multimodal_folder(gemma, gemma_folder, gemma_tokenizers, t
     config = {"model_type": "gemma3", "text_config": config, "vision_config": {}}
     folder = write_model(tmp_path / "m", config, tensors)
     texts = ["the cat", "a hat"]
-    a, _ = GemmaText.load(folder, gemma_tokenizers[1]).encode(texts)
-    b, _ = GemmaText.load(gemma_folder, gemma_tokenizers[1]).encode(texts)
+    a, _ = load_gemma_text(folder, gemma_tokenizers[1]).encode(texts)
+    b, _ = load_gemma_text(gemma_folder, gemma_tokenizers[1]).encode(texts)
     assert mx.array_equal(a, b)
 
 
@@ -283,10 +285,10 @@ def test_gemma_quantized_by_mlx_lm(gemma, gemma_tokenizers, tmp_path, monkeypatc
     tensors = {k: rounded(k, a) for k, a in to_mlx(gemma.state_dict()).items()}
     write_model(tmp_path / "f", config, tensors)
     if keep:
-        monkeypatch.setattr(GemmaText, "_dequantize", lambda self: None)
-    ours = GemmaText.load(tmp_path / "q", gemma_tokenizers[1])
+        monkeypatch.setattr(text_loading, "on_metal", lambda: True)
+    ours = load_gemma_text(tmp_path / "q", gemma_tokenizers[1])
     assert ("scales" in ours.model.layers[0].mlp.up_proj) is keep
-    expected = GemmaText.load(tmp_path / "f", gemma_tokenizers[1])
+    expected = load_gemma_text(tmp_path / "f", gemma_tokenizers[1])
     assert rel(ours.encode(TEXTS[:3])[0], expected.encode(TEXTS[:3])[0]) < 1e-5
 
 
@@ -330,7 +332,7 @@ def test_importing_mlx_lm_leaves_the_file_limit():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("load", [clip_text.load_tokenizer, gemma_text.load_tokenizer])
+@pytest.mark.parametrize("load", [load_clip_tokenizer, load_gemma_tokenizer])
 def test_missing_and_damaged_tokenizers(tmp_path, load):
     with pytest.raises(SnapGenError, match="has neither"):
         load(tmp_path)
@@ -345,4 +347,4 @@ def test_weights_of_another_model_are_refused(clip_words, clip_tokenizers, tmp_p
     tensors.pop("final_layer_norm.bias")
     folder = write_model(tmp_path, config.to_dict(), tensors)
     with pytest.raises(SnapGenError, match=r"final_layer_norm\.bias"):
-        CLIPText.load(folder, clip_tokenizers[1])
+        load_clip_text(folder, clip_tokenizers[1])

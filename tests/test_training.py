@@ -10,15 +10,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import bank_index, slice_flat
-from snapgen_mlx.training.elastic import (
-    ElasticOptions,
-    ElasticTrainer,
+from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.flow_matching import (
     add_noise,
-    norm,
     sample_timesteps,
     training_shift,
     validation_loss,
 )
+from snapgen_mlx.training.optimizer import global_norm
 
 from .toy import toy_config, toy_data, toy_params
 
@@ -206,7 +205,7 @@ def test_merged_gradients_are_autograds(subnets):
         else:
             assert k not in merged and not mx.any(g), k
     assert merged.keys() <= expected.keys()
-    assert metrics["grad"] == pytest.approx(norm(merged).item(), rel=1e-5)
+    assert metrics["grad"] == pytest.approx(global_norm(merged).item(), rel=1e-5)
     assert {k for k in metrics if "loss" in k} == {
         f"loss/{config.variants[i]}" for i in (FULL, *subnets)
     }
@@ -236,12 +235,14 @@ def test_adaptive_weight_is_the_ratio_of_norms(index):
     own = width_gradients(data, index, distill=1.0)
     of_full = slice_flat(width_gradients(data, FULL, distill=0.0), toy_config(), index)
     assert own.keys() == of_full.keys()
-    ratio = norm(of_full).item() / norm(own).item()
+    ratio = global_norm(of_full).item() / global_norm(own).item()
     assert 0.2 < ratio < 5
     _, metrics = gradients(data, [index])
     name = toy_config().variants[index]
     assert metrics[f"w/{name}"] == pytest.approx(ratio, rel=1e-4)
-    cosine = sum((own[k] * of_full[k]).sum() for k in own) / (norm(own) * norm(of_full))
+    cosine = sum((own[k] * of_full[k]).sum() for k in own) / (
+        global_norm(own) * global_norm(of_full)
+    )
     assert metrics[f"cos/{name}"] == pytest.approx(cosine.item(), abs=1e-4)
     _, metrics = gradients(data, [index], adaptive=False)
     assert metrics[f"w/{name}"] == 1

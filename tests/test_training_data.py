@@ -18,8 +18,8 @@ from PIL import Image
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.models.static_text import StaticText
-from snapgen_mlx.pipeline import embedded_model
+from snapgen_mlx.hub import embedded_model
+from snapgen_mlx.text_loading import load_static_text
 from snapgen_mlx.training import pictures as module
 from snapgen_mlx.training.checkpoint import fingerprint
 from snapgen_mlx.training.data import (
@@ -384,7 +384,7 @@ def test_heic_without_its_reader(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("base", [1024, 768, 512, 256])
 def test_bucket_sizes(base):
-    sizes = bucket_sizes(base, DiTConfig.preset("full"))
+    sizes = bucket_sizes(base, DiTConfig.from_preset("full"), 8)
     assert (base, base) in sizes and len(set(sizes)) == len(sizes) >= 3
     for h, w in sizes:
         assert (w, h) in sizes and h % 64 == w % 64 == 0
@@ -392,14 +392,14 @@ def test_bucket_sizes(base):
 
 
 def test_bucket_sizes_of_known_bases():
-    full, embedded = (DiTConfig.preset(name) for name in ("full", "embedded"))
+    full, embedded = (DiTConfig.from_preset(name) for name in ("full", "embedded"))
     wide = [(704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
     sizes = [*wide, (1024, 1024), *((w, h) for h, w in reversed(wide))]
-    assert bucket_sizes(1024, full) == sizes
-    assert bucket_sizes(128, embedded) == [(128, 128)]  # it learned squares alone
-    assert bucket_sizes(192, embedded) == [(128, 256), (192, 192), (256, 128)]
+    assert bucket_sizes(1024, full, 8) == sizes
+    assert bucket_sizes(128, embedded, 8) == [(128, 128)]  # it learned squares alone
+    assert bucket_sizes(192, embedded, 8) == [(128, 256), (192, 192), (256, 128)]
     # 128 x 256 px have 8 x 16 tokens, which do not divide into 9 blocks.
-    assert bucket_sizes(192, DiTConfig(bna_blocks=9)) == [(192, 192)]
+    assert bucket_sizes(192, DiTConfig(bna_blocks=9), 8) == [(192, 192)]
     for pixels, size in {
         (1000, 1000): (1024, 1024),
         (3024, 4032): (1152, 896),
@@ -629,7 +629,7 @@ def test_only_the_first_process_writes_text_states(tmp_path, monkeypatch):
 
 def test_batches_with_cached_states_are_those_of_the_encoder(tmp_path):
     """Of the embedded model's encoder, bit by bit; also a caption that it has no word for."""
-    encoder = StaticText.load(embedded_model() / "text_encoder")
+    encoder = load_static_text(embedded_model() / "text_encoder")
     captions = [["a red cat", "\u4e00"], ["a dog on the grass, flat style"], ["a cat " * 20]]
     texts = [text for phrasings in captions for text in phrasings]
     cached, _ = collect(cached_states([encoder], "k", texts, tmp_path))

@@ -8,13 +8,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from PIL import Image
 
 from snapgen_mlx.cli.main import main
+from snapgen_mlx.loading import load_supernet
 from snapgen_mlx.lora import fuse_lora, load_lora
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
+from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.training.checkpoint import load_state
-from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer, add_noise
-from snapgen_mlx.training.lora import attach_lora, lora_change, lora_params, save_lora
-from snapgen_mlx.weights import load_supernet, save_tensors
+from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.flow_matching import add_noise
+from snapgen_mlx.training.lora_training import attach_lora, lora_change, lora_params, save_lora
 
 from .tiny import write_tiny_model
 from .toy import toy_config, toy_data, toy_params

@@ -11,10 +11,10 @@ from mlx.utils import tree_flatten
 
 from snapgen_mlx import memory
 from snapgen_mlx.cli.main import main
-from snapgen_mlx.models.elastic import slice_flat
-from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer, empty_models
-from snapgen_mlx.training.lora import attach_lora, lora_params
-from snapgen_mlx.training.memory import TrainingMemory
+from snapgen_mlx.models.elastic import empty_models, slice_flat
+from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.lora_training import attach_lora, lora_params
+from snapgen_mlx.training.training_memory import TrainingMemory
 
 from .tiny import tiny_config, write_tiny_model
 from .toy import toy_config, toy_params
@@ -69,12 +69,12 @@ def test_refusal_says_what_fits(monkeypatch):
     predictor = TrainingMemory(tiny_config(), (32, 32), TOKENS, 10**6)
     options = ElasticOptions()
     need = predictor.peak(options, 8)
-    monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda: 0)
+    monkeypatch.setattr("snapgen_mlx.training.training_memory.usable_memory", lambda: 0)
     offers = {flags: predictor.peak(o, 8) for flags, o in predictor.alternatives(options, 8)}
     assert list(offers)[:3] == ["--checkpoint", "--accumulate 8", "--accumulate 8 --checkpoint"]
     assert offers["--lora 16"] < need and offers["--checkpoint"] < need
     halves = predictor.peak(replace(options, accumulate=2), 8)
-    monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda: halves)
+    monkeypatch.setattr("snapgen_mlx.training.training_memory.usable_memory", lambda: halves)
     with_checkpoint = replace(options, checkpoint=True)
     assert list(dict(predictor.alternatives(options, 8)))[1] == "--accumulate 2"
     assert list(dict(predictor.alternatives(with_checkpoint, 4))) == [
@@ -83,7 +83,9 @@ def test_refusal_says_what_fits(monkeypatch):
         "--lora 16 --accumulate 2",
     ]
     for usable, fits in ((need, None), (offers["--checkpoint"], True), (1000, False)):
-        monkeypatch.setattr("snapgen_mlx.training.memory.usable_memory", lambda n=usable: n)
+        monkeypatch.setattr(
+            "snapgen_mlx.training.training_memory.usable_memory", lambda n=usable: n
+        )
         if fits is None:
             predictor.check(options, 8)
             continue
@@ -107,7 +109,7 @@ def test_the_command(tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         assert len(result.stdout.splitlines()) == 2 + alternatives
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("snapgen_mlx.memory.usable_memory", lambda: 1000)
+    monkeypatch.setattr("snapgen_mlx.device.usable_memory", lambda: 1000)
     result = CliRunner().invoke(main, [*args[:3], "--explain"])
     assert all(line.endswith("too large") for line in result.stdout.splitlines()[1:])
     result = CliRunner().invoke(main, args[:3])

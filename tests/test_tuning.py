@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from snapgen_mlx.errors import UsageError
+from snapgen_mlx.loading import load_dit, load_supernet
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.quantization import tuning
 from snapgen_mlx.quantization.backends import backend_of
@@ -19,9 +20,9 @@ from snapgen_mlx.quantization.tuning import (
     is_tuned,
     tune,
 )
-from snapgen_mlx.training import memory as training_memory
-from snapgen_mlx.training.lora import attach_lora, lora_params
-from snapgen_mlx.weights import load_dit, load_infos, load_supernet, load_tensors
+from snapgen_mlx.tensors.weights import load_infos, load_tensors
+from snapgen_mlx.training import training_memory as training_memory
+from snapgen_mlx.training.lora_training import attach_lora, lora_params
 
 from .test_quantize import CONFIG, PROMPTS, SHAPES, VARIANTS, final_psnrs, run, write_model
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.models import vae as vae_module
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
-from snapgen_mlx.weights import assign
+from snapgen_mlx.tensors.weights import assign
 
 TINY = dict(
     base_dim=8,

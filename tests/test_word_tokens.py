@@ -10,10 +10,11 @@ import torch
 
 from recipes.pretrain.text import WordTransformer, pad
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.models.static_text import StaticText
 from snapgen_mlx.models.word_tokens import WordTokens
 from snapgen_mlx.models.word_transformer import WordTransformer as MLXWordTransformer
 from snapgen_mlx.models.word_transformer import WordTransformerConfig
+from snapgen_mlx.text_loading import load_static_text
+from snapgen_mlx.tokenizer_files import load_word_tokens
 
 TABLE = Path(__file__).parents[1] / "snapgen_mlx" / "assets" / "embedded" / "text_encoder"
 EMOJI = {
@@ -27,7 +28,7 @@ EMOJI = {
 
 @pytest.fixture(scope="module")
 def words():
-    return WordTokens(WordTokens.load(TABLE, 32).vocab, EMOJI, 32)
+    return WordTokens(load_word_tokens(TABLE, 32).vocab, EMOJI, 32)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_unknown_words(words, text, unknown):
 
 def test_same_tokens_as_the_static_table(words):
     texts = ["a red apple, 3 cats", "naïve smilingly 347 qwzrt", "word " * 50, ""]
-    states, mask = StaticText.load(TABLE).encode(texts)
+    states, mask = load_static_text(TABLE).encode(texts)
     assert [len(row) for row in words.ids(texts)] == mask.sum(axis=1).tolist()
     # Without layers, projection and norm, the transformer's inputs are the static states.
     encoder = WordTransformer.from_table(TABLE, dim=128, layers=0)
@@ -90,16 +91,16 @@ def test_damaged_emoji(tmp_path, content):
     (tmp_path / "vocab.txt").write_bytes((TABLE / "vocab.txt").read_bytes())
     (tmp_path / "emoji.json").write_text(content)
     with pytest.raises(SnapGenError, match=r"emoji\.json"):
-        WordTokens.load(tmp_path, 32)
+        load_word_tokens(tmp_path, 32)
     (tmp_path / "emoji.json").write_text(json.dumps(EMOJI))
-    assert len(WordTokens.load(tmp_path, 32).ids(["🐱"])[0]) == 2
+    assert len(load_word_tokens(tmp_path, 32).ids(["🐱"])[0]) == 2
 
 
 def test_missing_table(tmp_path):
     with pytest.raises(SnapGenError, match="cannot read the word table"):
         WordTransformer.from_table(tmp_path)
     with pytest.raises(SnapGenError, match=r"vocab\.txt"):
-        WordTokens.load(tmp_path, 32)
+        load_word_tokens(tmp_path, 32)
 
 
 def test_mlx_states_equal_torch(words):

@@ -4,10 +4,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.files import write_json
+from snapgen_mlx.layout import FORMAT
 from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.static_text import UNKNOWN
-from snapgen_mlx.weights import FORMAT, save_tensors, write_json
+from snapgen_mlx.tensors.weights import save_tensors
 
 WORDS = [UNKNOWN, "a", "smiling", "cat", "dog", "red", "happy", "kitty"]
 

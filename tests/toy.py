@@ -12,7 +12,7 @@ import numpy as np
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.training.data import LatentDataset
-from snapgen_mlx.training.elastic import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
 from snapgen_mlx.training.loop import RunOptions, train
 
 PROMPTS = ["a cat", "a dog"]

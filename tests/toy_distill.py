@@ -17,7 +17,7 @@ from snapgen_mlx.training.data import LatentDataset
 from snapgen_mlx.training.distill import Teacher
 from snapgen_mlx.training.kdmd import KDMDOptions, KDMDTrainer
 from snapgen_mlx.training.loop import train
-from snapgen_mlx.training.lora import SCALE, attach_lora, lora_params
+from snapgen_mlx.training.lora_training import SCALE, attach_lora, lora_params
 from snapgen_mlx.training.watch import SEEDS, Watch
 
 from .toy import PROMPTS, toy_config, toy_data, toy_options, toy_params, toy_trainer

@@ -10,9 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.files import atomic_folder
+from snapgen_mlx.files import atomic_folder, write_json
+from snapgen_mlx.layout import FORMAT
 from snapgen_mlx.models.elastic import random_supernet
-from snapgen_mlx.weights import FORMAT, save_tensors, write_json
+from snapgen_mlx.tensors.weights import save_tensors
 
 SAMPLING = {"steps": 12, "guidance": 4.0, "shift": 3.0, "size": 128}
 
@@ -23,7 +24,7 @@ def main():
         parser.add_argument(name, type=Path)
     args = parser.parse_args()
     mx.random.seed(0)
-    config = DiTConfig.preset("embedded")
+    config = DiTConfig.from_preset("embedded")
     with atomic_folder(args.out) as out:
         head = {**FORMAT, "sampling": SAMPLING, "source": {"name": "embedded"}}
         write_json(out / "config.json", head)

@@ -19,9 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.files import atomic_folder
-from snapgen_mlx.models.static_text import UNKNOWN, StaticText
-from snapgen_mlx.weights import save_tensors, write_json
+from snapgen_mlx.files import atomic_folder, write_json
+from snapgen_mlx.models.static_text import UNKNOWN
+from snapgen_mlx.tensors.weights import save_tensors
+from snapgen_mlx.text_loading import load_static_text
 
 from .concepts import CLASS_NAME, emoji_names, plain
 from .packages import SOURCES, fetch, load_words
@@ -180,7 +181,7 @@ def build(out: Path, cache: Path, word_list: Path) -> dict:
     table = np.concatenate([np.zeros((1, DIM), np.int8), table])
     scale = np.concatenate([np.zeros(1, np.float16), scale])
     save(out, vocab, table, scale, emoji_names(records))
-    StaticText.load(out)
+    load_static_text(out)
     restored = table[1:].astype(np.float32) * scale[1:, None]
     return {
         "word_pieces": len(pieces),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models.word_tokens import WordTokens
+from snapgen_mlx.tokenizer_files import load_word_tokens
 
 NAME = "words"  # the encoder's key in the transformer's `text_dims`
 POSITION_RMS, POSITION_BASE = 0.3, 100  # of the table's own states (`StaticText`)
@@ -131,4 +132,4 @@ def pad(rows: list[list[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
 
 def load_words(folder, config: TextConfig) -> WordTokens:
     """The tokenizer that belongs to an encoder's folder."""
-    return WordTokens.load(folder, config.max_length)
+    return load_word_tokens(folder, config.max_length)

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import ConfigMixin
 from ..errors import SnapGenError
+from .sizes import weight_bytes
 from .tiny_decoder import (
     SeparableBlock,
     TinyDecoder,
@@ -17,8 +20,12 @@ from .tiny_decoder import (
 
 
 @dataclass
-class SnapGenAutoencoderConfig:
+class SnapGenAutoencoderConfig(ConfigMixin):
     """Widths in the order the data meets them; ``latents_mean``/``latents_std`` per channel."""
+
+    image_channels: ClassVar[int] = 3
+    # Its few convolutions cost nothing in float32, and white stays white.
+    always_float32: ClassVar[bool] = True
 
     latent_channels: int = 16
     encoder_channels: tuple[int, ...] = (64, 128)
@@ -29,14 +36,18 @@ class SnapGenAutoencoderConfig:
     latents_mean: list[float] = field(default_factory=lambda: [0.0] * 16)
     latents_std: list[float] = field(default_factory=lambda: [1.0] * 16)
 
-    @classmethod
-    def from_dict(cls, d: dict) -> "SnapGenAutoencoderConfig":
-        return cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
-
     @property
     def downsampling(self) -> int:
         """Pixels per latent position and axis."""
         return self.patch * 2 ** (len(self.encoder_channels) - 1)
+
+    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+        """Never tiled."""
+        stages = [
+            4**stage * channels * (18 + 4 * self.expansion)
+            for stage, channels in enumerate(self.decoder_channels)
+        ]
+        return 4 * h * w * (max(stages) + 60 * 4 ** (len(stages) - 1))
 
 
 class Encoder(nn.Module):
@@ -79,6 +90,10 @@ class SnapGenAutoencoder(nn.Module):
             )
         )
 
+    @property
+    def decoder_bytes(self) -> int:
+        return weight_bytes(self, "decoder.")
+
     def __call__(self, images: mx.array) -> tuple[mx.array, mx.array]:
         """Images (B, H, W, 3) -> (reconstruction, not clamped; raw latents): for training."""
         latents = self.encoder(images)
@@ -89,20 +104,24 @@ class SnapGenAutoencoder(nn.Module):
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return (self.encoder(images) - mean) / std
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1]."""
+    def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1].
+
+        It needs little memory, and ``tile`` is not used.
+        """
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return mx.clip(self.decoder(latents * std + mean), -1, 1)
 
 
 @dataclass
-class StickerAutoencoderConfig:
+class StickerAutoencoderConfig(ConfigMixin):
     """Stages from the picture's side to the latents'; each next one halves the resolution.
 
     The first ``plain_stages`` have full 3x3 convolutions, the others separable ones: where
     channels are many, these need a tenth of the weights.
     """
 
+    always_float32: ClassVar[bool] = True
     image_channels: int = 4
     latent_channels: int = 16
     channels: tuple[int, ...] = (96, 192, 384)
@@ -119,9 +138,9 @@ class StickerAutoencoderConfig:
         self.latents_std = self.latents_std or [1.0] * self.latent_channels
 
     @classmethod
-    def from_dict(cls, d: dict) -> "StickerAutoencoderConfig":
+    def from_dict(cls, d: dict) -> Self:
         """Raises SnapGenError when the sizes do not belong together."""
-        config = cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
+        config = super().from_dict(d)
         stages, blocks = len(config.channels), (config.encoder_blocks, config.decoder_blocks)
         if not stages or any(len(counts) != stages for counts in blocks):
             raise SnapGenError(f"autoencoder: {stages} stages of channels, blocks of {blocks}")
@@ -136,6 +155,14 @@ class StickerAutoencoderConfig:
     def downsampling(self) -> int:
         """Pixels per latent position and axis."""
         return self.patch * 2 ** (len(self.channels) - 1)
+
+    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+        """Never tiled. Full convolutions unfold their input (on a CPU)."""
+        stages = []
+        for stage, channels in enumerate(self.channels[::-1]):
+            plain = len(self.channels) - 1 - stage < self.plain_stages
+            stages.append(4**stage * channels * (12 if plain else 18 + 4 * self.expansion))
+        return 4 * h * w * max(stages)
 
 
 class PlainBlock(nn.Module):
@@ -221,19 +248,19 @@ class StickerAutoencoder(nn.Module):
         self.config = config
         self.encoder, self.decoder = StickerEncoder(config), StickerDecoder(config)
 
+    @property
+    def decoder_bytes(self) -> int:
+        return weight_bytes(self, "decoder.")
+
     def encode(self, images: mx.array) -> mx.array:
         """Premultiplied images (B, H, W, 4) in [-1, 1] -> normalised latents (B, h, w, C)."""
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return (self.encoder(images) - mean) / std
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> premultiplied images (B, H, W, 4) in [-1, 1]."""
+    def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
+        """Normalised latents (B, h, w, C) -> premultiplied images (B, H, W, 4) in [-1, 1].
+
+        It needs little memory, and ``tile`` is not used.
+        """
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return mx.clip(self.decoder(latents * std + mean), -1, 1)
-
-
-def build_autoencoder(config: dict) -> SnapGenAutoencoder | StickerAutoencoder:
-    """The small autoencoder of a ``config.json``, by its ``_class_name``, with random weights."""
-    if config.get("_class_name") == "StickerAutoencoder":
-        return StickerAutoencoder(StickerAutoencoderConfig.from_dict(config))
-    return SnapGenAutoencoder(SnapGenAutoencoderConfig.from_dict(config))

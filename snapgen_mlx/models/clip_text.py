@@ -1,18 +1,15 @@
 """CLIP's text tower (TinyCLIP's towers are smaller ones) with the tokenizer from its own files."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import Tokenizer
 
+from ..config import ConfigMixin
 from ..errors import SnapGenError
-from ..weights import assign, compute_dtype, load_config, load_tensors
+from .sizes import encoding_bytes, weight_bytes
 
-MAX_TOKENS = 77
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 ACTIVATIONS = {
     "gelu": nn.gelu,
     "quick_gelu": nn.gelu_fast_approx,  # x * sigmoid(1.702 x)
@@ -22,7 +19,7 @@ ACTIVATIONS = {
 
 
 @dataclass
-class CLIPTextConfig:
+class CLIPTextConfig(ConfigMixin):
     """The keys of transformers' ``CLIPTextConfig`` that the states depend on."""
 
     vocab_size: int = 49408
@@ -44,8 +41,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, d: dict) -> "CLIPTextConfig":
         """From config.json; a whole CLIP's keeps the text tower's keys in ``text_config``."""
-        d = d.get("text_config", d)
-        return cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
+        return super().from_dict(d.get("text_config", d))
 
 
 class Attention(nn.Module):
@@ -115,6 +111,7 @@ class Encoder(nn.Module):
 
 class CLIPText(nn.Module):
     name = "clip"
+    max_tokens = 77
 
     def __init__(self, config: CLIPTextConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
@@ -124,17 +121,15 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self._tokenizer = tokenizer
 
-    @classmethod
-    def load(cls, folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> "CLIPText":
-        """Load weights and tokenizer of a model folder.
+    @property
+    def nbytes(self) -> int:
+        return weight_bytes(self)
 
-        Raises SnapGenError for missing or damaged files and for weights of another model.
-        """
-        config = CLIPTextConfig.from_dict(load_config(folder))
-        model = cls(config, load_tokenizer(tokenizer_folder))
-        dtype = dtype or compute_dtype()
-        tensors = {k: a.astype(dtype) for k, a in load_tensors(folder).items()}
-        return assign(model, tensors, folder)
+    def encoding_bytes(self) -> int:
+        c = self.config
+        return encoding_bytes(
+            c.num_attention_heads, c.hidden_size, c.intermediate_size, self.max_tokens
+        )
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Token ids (B, L) -> the last hidden state after the final norm (B, L, hidden_size)."""
@@ -145,7 +140,7 @@ class CLIPText(nn.Module):
 
         Raises SnapGenError when the tokenizer and the config disagree about the end token.
         """
-        length = min(MAX_TOKENS, self.config.max_position_embeddings)
+        length = min(self.max_tokens, self.config.max_position_embeddings)
         self._tokenizer.enable_truncation(length)
         rows = [e.ids for e in self._tokenizer.encode_batch(texts)]
         longest = max(len(row) for row in rows)
@@ -166,42 +161,3 @@ class CLIPText(nn.Module):
                 )
             ends = mx.argmax(is_end, axis=1)
         return mx.arange(ids.shape[1]) <= ends[:, None]
-
-
-def load_tokenizer(folder) -> Tokenizer:
-    """CLIP's tokenizer from tokenizer.json, or from vocab.json and merges.txt.
-
-    Raises SnapGenError when the files are missing or damaged.
-    """
-    folder = Path(folder)
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_padding()
-            return tokenizer
-        if not (vocab.is_file() and merges.is_file()):
-            raise SnapGenError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-        bpe = BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=EOS)
-    except SnapGenError:
-        raise
-    except Exception as e:  # the tokenizers library raises nothing more precise
-        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
-    # The rest is fixed for CLIP and therefore not in those two files.
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.add_special_tokens([BOS, EOS])
-    ends = [(token, tokenizer.token_to_id(token)) for token in (EOS, BOS)]
-    tokenizer.post_processor = processors.RobertaProcessing(
-        *ends, trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer

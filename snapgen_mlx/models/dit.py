@@ -169,8 +169,22 @@ class Block(nn.Module):
         self.ffn = FeedForward(d, int(config.ffn_ratio[stage] * d))
         if skip:
             self.skip_proj = nn.Linear(2 * d, d)
+        # With it a backward pass finds only the block's input kept, and computes the rest again.
+        self.checkpoint = False
 
     def __call__(self, x, time: TimeCondition, keys_values, mask, rope, grid) -> mx.array:
+        if not self.checkpoint:
+            return self._forward(x, time, keys_values, mask, rope, grid)
+
+        def call(parameters, x, modulation, keys_values):
+            self.update(parameters)
+            time = TimeCondition(modulation, None)
+            return self._forward(x, time, keys_values, mask, rope, grid)
+
+        run = mx.checkpoint(call)
+        return run(self.trainable_parameters(), x, time.modulation, keys_values)
+
+    def _forward(self, x, time: TimeCondition, keys_values, mask, rope, grid) -> mx.array:
         m = (self.scale_shift_table[0] + time.modulation)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, i] for i in range(6))
         x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope, grid)
@@ -219,6 +233,11 @@ class DiT(nn.Module):
             self.upsample = Projection(nn.Linear(d, 4 * d))
         self.final = Final(d, p * p * config.in_channels)
         self.final.proj.weight = mx.zeros_like(self.final.proj.weight)
+
+    def checkpoint_blocks(self) -> None:
+        """Train in less memory and about a third more time: see ``Block.checkpoint``."""
+        for block in (*self.down, *self.mid, *self.up):
+            block.checkpoint = True
 
     def condition_time(self, t: mx.array) -> TimeCondition:
         """t (S,) in [0, 1] -> adaLN vectors, computed once for a whole schedule."""

@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import DiTConfig
-from ..errors import SnapGenError
+from ..errors import SnapGenError, UsageError
+from .dit import DiT
 
 # "projector" stands beside a model while it learns from a teacher (training.distill).
 BANKS = ("time_embed", "scale_shift_table", "projector")
@@ -133,13 +134,34 @@ def scatter_add(full: dict, sub: dict, config: DiTConfig, index: int) -> dict:
     return out
 
 
+def group_size(config: DiTConfig) -> int:
+    """The largest group of weights in a row that no width cuts through.
+
+    Raises UsageError if none fits.
+    """
+    sizes = [config.variant(i).hidden_size for i in range(len(config.widths))]
+    sizes += [config.variant(i).num_heads * config.head_dim for i in range(len(config.widths))]
+    for group in (64, 32):
+        if all(size % group == 0 for size in sizes):
+            return group
+    raise UsageError(
+        f"widths of {sorted(set(sizes))} channels do not divide into groups of 32; convert "
+        "without --quantize"
+    )
+
+
 def random_supernet(config: DiTConfig) -> dict:
     """Flat parameters of a freshly initialised supernet (uses MLX's global random state)."""
-    from .dit import DiT
-
     params = dict(tree_flatten(DiT(config.variant(len(config.widths) - 1)).parameters()))
     out = {path: a for path, a in params.items() if bank_index(path) is None}
     for i in range(len(config.widths)):
         sub = dict(tree_flatten(DiT(config.variant(i)).parameters()))
         out |= {in_bank(p, i): a for p, a in sub.items() if bank_index(p) is not None}
     return out
+
+
+def empty_models(config: DiTConfig) -> list[DiT]:
+    """A ``DiT`` per width, to be given weights."""
+    if len(config.widths) == 1:
+        return [DiT(config)]
+    return [DiT(config.variant(i)) for i in range(len(config.widths))]

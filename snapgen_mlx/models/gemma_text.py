@@ -1,19 +1,16 @@
 """Gemma 3 as a text encoder: mlx-lm's layers under a forward pass with a padding mask."""
 
 import resource
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-from unittest import mock
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
-from tokenizers import Tokenizer
 
 from ..errors import SnapGenError
-from ..weights import assign, compute_dtype, load_config, load_tensors, read_json
+from .sizes import encoding_bytes, weight_bytes
 
-MAX_TOKENS = 256
 # What a config.json leaves out means transformers' defaults, which are not mlx-lm's.
 DEFAULTS = {
     "vocab_size": 262208,
@@ -32,14 +29,18 @@ UNSUPPORTED = (
 )
 
 
-def import_mlx_lm(name: str):
+def import_mlx_lm(name: str) -> ModuleType:
     """Import a module of mlx-lm without its side effect on the limit of open files.
 
     Importing it takes over a second, and lowers the limit for good (or fails where the hard
     limit is below what it asks for).
     """
-    with mock.patch.object(resource, "setrlimit"):
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
         return import_module(f"mlx_lm.{name}")
+    finally:
+        resource.setrlimit = set_limit
 
 
 def text_config(config: dict) -> dict:
@@ -83,42 +84,38 @@ def text_keys(tensors: dict) -> dict:
 
 class GemmaText(nn.Module):
     name = "gemma"
+    max_tokens = 256
 
-    def __init__(self, config: dict, tokenizer=None):
-        """config: the dictionary of a config.json; tokenizer: a function, text -> ids."""
+    def __init__(
+        self,
+        config: dict,
+        tokenizer: Callable[[str], list[int]] | None = None,
+        dtype: mx.Dtype = mx.float32,
+    ):
+        """config: the dictionary of a config.json; tokenizer: text -> ids; dtype, of states."""
         super().__init__()
         gemma3 = import_mlx_lm("models.gemma3_text")
         args = gemma3.ModelArgs.from_dict(text_config(config))
         self.args = args
         self.model = gemma3.Gemma3Model(args)
         self._tokenize = tokenizer
-        self._dtype = mx.float32
+        self._dtype = dtype
 
-    @classmethod
-    def load(cls, folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> "GemmaText":
-        """Load a Gemma 3 folder, quantized by mlx-lm or not, and its tokenizer.
+    @property
+    def nbytes(self) -> int:
+        return weight_bytes(self)
 
-        On a CPU, quantized layers become float ones, which compute faster there; the embedding
-        table keeps its stored type. Raises SnapGenError for missing, damaged or foreign files.
+    def encoding_bytes(self) -> int:
+        a = self.args
+        return encoding_bytes(
+            a.num_attention_heads, a.hidden_size, a.intermediate_size, self.max_tokens
+        )
+
+    def quantize(self, quantization: dict, tensors: dict[str, mx.array]) -> None:
+        """Make the layers that are stored quantized quantized ones.
+
+        Args: quantization, of a config.json of mlx-lm; tensors, the weights by their keys here.
         """
-        config = load_config(folder)
-        model = cls(config, load_tokenizer(tokenizer_folder))
-        model._dtype = dtype or compute_dtype()
-        tensors = text_keys(load_tensors(folder))
-        if quantization := config.get("quantization"):
-            model._quantize(quantization, tensors)
-        table = "model.embed_tokens.weight"
-        tensors = {
-            k: a.astype(model._dtype) if mx.issubdtype(a.dtype, mx.floating) and k != table else a
-            for k, a in tensors.items()
-        }
-        assign(model, tensors, folder)
-        if quantization and mx.default_device() == mx.cpu:
-            model._dequantize()
-        return model
-
-    def _quantize(self, quantization: dict, tensors: dict) -> None:
-        """Make the layers that are stored quantized quantized ones."""
         overrides = text_keys({f"{k}.": v for k, v in quantization.items() if isinstance(v, dict)})
         defaults = {k: v for k, v in quantization.items() if k in ("group_size", "bits", "mode")}
 
@@ -126,17 +123,6 @@ class GemmaText(nn.Module):
             return f"{path}.scales" in tensors and overrides.get(f"{path}.", defaults)
 
         nn.quantize(self, **defaults, class_predicate=predicate)
-
-    def _dequantize(self) -> None:
-        layers = []
-        for path, m in self.named_modules():
-            if isinstance(m, nn.QuantizedLinear):
-                layer = nn.Linear(1, 1, bias=False)
-                layer.weight = mx.dequantize(
-                    m.weight, m.scales, m.get("biases"), m.group_size, m.bits, mode=m.mode
-                ).astype(self._dtype)
-                layers.append((path, layer))
-        self.update_modules(tree_unflatten(layers))
 
     def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
         """Ids and mask of valid tokens (B, L) -> last hidden states after the norm (B, L, dim).
@@ -158,46 +144,8 @@ class GemmaText(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the raw texts, at most 256 tokens each."""
-        rows = [self._tokenize(text)[:MAX_TOKENS] for text in texts]
+        rows = [self._tokenize(text)[: self.max_tokens] for text in texts]
         longest = max(len(row) for row in rows)
         ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
         mask = mx.arange(longest) < mx.array([len(row) for row in rows])[:, None]
         return self(ids, mask), mask
-
-
-def load_tokenizer(folder):
-    """A function, text -> ids with <bos> first, from tokenizer.json or else tokenizer.model.
-
-    Raises SnapGenError when the files are missing or damaged.
-    """
-    folder = Path(folder)
-    extra = folder / "tokenizer_config.json"
-    extra = read_json(extra) if extra.is_file() else {}
-    bos_token = extra.get("bos_token") or "<bos>"
-    bos_token = bos_token["content"] if isinstance(bos_token, dict) else bos_token
-    try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            bos = tokenizer.token_to_id(bos_token)
-
-            def encode(text):
-                return tokenizer.encode(text, add_special_tokens=False).ids
-
-        elif (folder / "tokenizer.model").is_file():
-            from sentencepiece import SentencePieceProcessor
-
-            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-            bos, encode = pieces.piece_to_id(bos_token), pieces.encode
-            bos = None if pieces.is_unknown(bos) else bos
-        else:
-            raise SnapGenError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    except SnapGenError:
-        raise
-    except Exception as e:  # the tokenizers library raises nothing more precise
-        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
-    if bos is None:
-        raise SnapGenError(f"the tokenizer in {folder} has no {bos_token} token")
-    start = [bos] if extra.get("add_bos_token", True) else []
-    return lambda text: start + encode(text)

@@ -1,15 +1,10 @@
 """The embedded model's text encoder: a fixed table of word vectors, fed as a token sequence."""
 
-from pathlib import Path
-
 import mlx.core as mx
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-
-from ..errors import SnapGenError
-from ..weights import load_config, load_tensors
 
 UNKNOWN = "[UNK]"  # the table's first row; stands for no word and pads shorter texts
 POSITION_RMS = 0.3  # beside 1 for the words: enough to tell order, too little to hide a word
@@ -23,49 +18,32 @@ class StaticText:
     """
 
     name = "static"
+    max_tokens = 32
 
-    def __init__(self, table: mx.array, scale: mx.array, vocab: list[str], max_length: int = 32):
+    def __init__(self, table: mx.array, scale: mx.array, vocab: list[str], max_tokens: int = 32):
         self.table, self.scale = table, scale
-        self.max_length = max_length
+        self.max_tokens = max_tokens
         ids = {token: i for i, token in enumerate(vocab)}
         self._tokenizer = Tokenizer(WordPiece(ids, unk_token=UNKNOWN))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=True)
         self._tokenizer.pre_tokenizer = BertPreTokenizer()
-        self._positions = _positions(max_length, table.shape[1])
+        self._positions = _positions(max_tokens, table.shape[1])
 
-    @classmethod
-    def load(cls, folder) -> "StaticText":
-        """Load config.json, model.safetensors and vocab.txt of a folder.
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.table, self.scale, self._positions))
 
-        Raises SnapGenError for missing or damaged files and for files of different tables.
-        """
-        folder = Path(folder)
-        config = load_config(folder)
-        if config.get("model_type") != "static_text":
-            raise SnapGenError(f"{folder / 'config.json'} is not of a static text table")
-        length = config.get("max_length")
-        if type(length) is not int or length < 1:
-            raise SnapGenError(f"{folder / 'config.json'}: max_length is {length!r}, not a count")
-        tensors = load_tensors(folder)
-        try:
-            vocab = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as e:
-            raise SnapGenError(f"cannot read {folder / 'vocab.txt'}: {e}") from e
-        shapes = {key: tuple(a.shape) for key, a in tensors.items()}
-        if shapes != {"table": (len(vocab), config.get("dim")), "scale": (len(vocab),)}:
-            raise SnapGenError(f"{folder}: weights, vocab.txt and config.json do not fit together")
-        if vocab[:1] != [UNKNOWN] or len(set(vocab)) != len(vocab):
-            raise SnapGenError(f"{folder / 'vocab.txt'} is damaged; download or build it again")
-        return cls(tensors["table"], tensors["scale"], vocab, length)
+    def encoding_bytes(self) -> int:
+        return 0  # a look-up
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
-        """States (B, L, dim) float32 and mask (B, L) bool, L at most ``max_length``.
+        """States (B, L, dim) float32 and mask (B, L) bool, L at most ``max_tokens``.
 
         Word entries have about unit variance. Characters without a row are passed over; a text
         without any known token gives a row whose mask is False throughout (L is at least 1).
         """
         rows = [
-            [i for i in encoding.ids if i != 0][: self.max_length]
+            [i for i in encoding.ids if i != 0][: self.max_tokens]
             for encoding in self._tokenizer.encode_batch(texts)
         ]
         longest = max([1, *map(len, rows)])

@@ -1,11 +1,16 @@
 """The Qwen-Image VAE as a 2-D network: for one image its causal 3-D convolutions are 2-D ones."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import ConfigMixin
+from ..device import compute_dtype, on_metal
 from ..errors import SnapGenError, UsageError
+from .sizes import weight_bytes
 from .tiny_decoder import upsample_nearest
 
 # Rows of the attention matrix computed at once: 64 MB of float32 scores for a 1024 x 1024 image.
@@ -13,9 +18,11 @@ QUERY_CHUNK = 1024
 
 
 @dataclass
-class VAEConfig:
+class VAEConfig(ConfigMixin):
     """The keys of diffusers' ``AutoencoderKLQwenImage`` that matter to a single image."""
 
+    image_channels: ClassVar[int] = 3
+    always_float32: ClassVar[bool] = False
     base_dim: int = 96
     z_dim: int = 16
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
@@ -38,9 +45,37 @@ class VAEConfig:
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise SnapGenError(f"VAE config: latents_mean and latents_std need {self.z_dim} values")
 
-    @classmethod
-    def from_dict(cls, d: dict) -> "VAEConfig":
-        return cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position and axis."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
+
+    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+        """The middle block on the whole latent, whose score matrix is whole too, then two
+        neighbouring parts of the up blocks on the largest tile.
+
+        On Metal convolutions do not unfold their input and count half (an estimate).
+        """
+        size, decoder = compute_dtype().size, Decoder(self)
+        dims = [self.base_dim * m for m in self.dim_mult[::-1]]
+        tile = min(tile, max(h, w))
+        parts, scale = [], 1
+        for dim, block, halo in zip(dims, decoder.up_blocks, decoder.halos(), strict=True):
+            area = 1
+            for n in (h, w):
+                area *= min(scale * tile + 2 * halo, scale * n)
+            parts.append(area * dim * (13 + 13.5 * len(block.resnets)))
+            if block.upsamplers:
+                parts.append(area * dim * 46)
+                scale *= 2
+        up = max(map(sum, pairwise(parts)))
+        middle = (h * w) ** 2 + 40 * h * w * dims[0]
+        pixels = 2 * 3 * h * w * scale**2
+        return int(size * (max(middle, up / 2 if on_metal() else up) + h * w * dims[0] + pixels))
 
 
 class Norm(nn.Module):
@@ -240,6 +275,10 @@ class AutoencoderKLQwenImage(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    @property
+    def decoder_bytes(self) -> int:
+        return weight_bytes(self, ("decoder.", "post_quant_conv."))
 
     def encode(self, images: mx.array) -> mx.array:
         """Images (B, H, W, 3) in [-1, 1] -> normalised latents (B, H/8, W/8, C), no sampling."""

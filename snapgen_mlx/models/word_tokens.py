@@ -1,15 +1,11 @@
 """Text to rows of a word table: emoji characters to their names, words to word pieces."""
 
-import json
 import re
-from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-
-from ..errors import SnapGenError
 
 UNKNOWN = "[UNK]"  # the table's first row; stands for no word and pads shorter texts
 # Variation selectors and skin tones: they change how an emoji looks, not what it is called.
@@ -36,28 +32,6 @@ class WordTokens:
         # The longest first: a family of three begins like a single man.
         keys = sorted(emoji, key=len, reverse=True)
         self._any_emoji = re.compile("|".join(map(re.escape, keys))) if keys else None
-
-    @classmethod
-    def load(cls, folder, max_length: int) -> "WordTokens":
-        """From vocab.txt and, where it is there, emoji.json of a folder.
-
-        Raises:
-            SnapGenError: a file is missing or damaged.
-        """
-        vocab, emoji = Path(folder) / "vocab.txt", Path(folder) / "emoji.json"
-        try:
-            words = vocab.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as e:
-            raise SnapGenError(f"cannot read {vocab}: {e}") from e
-        if words[:1] != [UNKNOWN] or len(set(words)) != len(words):
-            raise SnapGenError(f"{vocab} is damaged; download or build it again")
-        try:
-            names = json.loads(emoji.read_text(encoding="utf-8")) if emoji.exists() else {}
-        except (OSError, ValueError) as e:
-            raise SnapGenError(f"cannot read {emoji}: {e}") from e
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise SnapGenError(f"{emoji} does not map emoji to names; download or build it again")
-        return cls(words, names, max_length)
 
     def plain(self, text: str) -> str:
         """The text with every known emoji replaced by its name."""

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import DiTConfig
-from ..convert.plan import Row
-from ..convert.steps import COPY, Step
-from ..convert.transformer import group_size
 from ..errors import UsageError
-from . import palette
+from ..models.elastic import group_size
+from ..tensors import palette
+from ..tensors.stream import AffineRow, PaletteRow, Row
 
 
 def half(dtype: mx.Dtype) -> mx.Dtype:
@@ -29,10 +28,8 @@ class Affine:
         packed = mx.quantize(weight.astype(half(weight.dtype)), self.group, bits)
         return mx.dequantize(*packed, self.group, bits) - weight
 
-    def rows(self, key: str, shape: tuple, dtype: mx.Dtype, bits: int) -> list[Row]:
-        action = f"{bits} bits"
-        row = Row(key, shape, action, key, half(dtype), bits, COPY, self.group)
-        return [row]
+    def row(self, key: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int) -> Row:
+        return AffineRow(key, shape, key, half(dtype), bits=bits, group=self.group)
 
 
 @dataclass(frozen=True)
@@ -46,27 +43,8 @@ class Palette:
         """What the weight changes by."""
         return palette.roundtrip(weight.astype(half(weight.dtype)), bits) - weight
 
-    def rows(self, key: str, shape: tuple, dtype: mx.Dtype, bits: int) -> list[Row]:
-        found = []  # the writer asks for the indices, then for the values
-
-        def indices(a: mx.array) -> mx.array:
-            indices, values = palette.fit(a.astype(half(dtype)), bits)
-            found.append(values)
-            return mx.array(palette.pack(indices, bits))
-
-        packed = (*shape[:-1], shape[-1] * bits // 32)
-        action = f"palette of {1 << bits}"
-        return [
-            Row(key, packed, action, key, mx.uint32, step=Step(action, indices)),
-            Row(
-                key,
-                (1 << bits,),
-                action,
-                f"{key}{palette.SUFFIX}",
-                half(dtype),
-                step=Step(action, lambda _: found.pop()),
-            ),
-        ]
+    def row(self, key: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int) -> Row:
+        return PaletteRow(key, shape, key, half(dtype), bits=bits)
 
 
 Backend = Affine | Palette
@@ -75,7 +53,7 @@ Backend = Affine | Palette
 def backend_of(name: str, config: DiTConfig) -> Backend:
     """By its name. Raises UsageError for a transformer whose widths cut through all groups."""
     try:
-        group = group_size(config.to_dict())
+        group = group_size(config)
     except UsageError as e:
         raise UsageError(f"this transformer cannot be quantized: {e}") from e
     return Palette() if name == "palette" else Affine(group)

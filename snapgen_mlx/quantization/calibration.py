@@ -3,15 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
-from ..config import DiTConfig
-from ..errors import SnapGenError
+from ..loading import load_dit_config
 from ..pipeline import Pipeline
 from ..sampling import Step, denoise, schedule
-from ..weights import load_config
 
 PROMPTS = [
     *("a smiling cat", "a red apple", "a rocket", "a slice of pizza", "a green book", "a sad face"),
@@ -19,18 +16,6 @@ PROMPTS = [
     *("a car", "a house", "a guitar", "a sunflower"),
 ]
 TOKENS = 4096  # denoised at once: those of one picture of 1024²
-
-
-def read_prompts(path) -> list[str]:
-    """The lines of a text file. Raises SnapGenError when there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise SnapGenError(f"cannot read the prompts in {path}: {e}") from e
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise SnapGenError(f"{path} holds no prompt; write one a line")
-    return prompts
 
 
 @dataclass
@@ -43,11 +28,11 @@ class Calibration:
     masks: dict
 
     @classmethod
-    def of(cls, model, prompts: list[str] = PROMPTS, seed: int = 0) -> "Calibration":
+    def from_model(cls, model, prompts: list[str] = PROMPTS, seed: int = 0) -> "Calibration":
         """For a model folder, in the size that its config names."""
         pipe = load_widths(model)[-1]
         s = pipe.settings("any")
-        shape = (len(prompts), s.height // 8, s.width // 8, pipe.dit_config.in_channels)
+        shape = (len(prompts), *pipe.latent_size(s), pipe.dit_config.in_channels)
         noise = mx.random.normal(shape, key=mx.random.key(seed))
         text, masks = pipe.encode(prompts)
         mx.eval(noise, text, masks)
@@ -80,8 +65,7 @@ class Calibration:
 
 def load_widths(model) -> list[Pipeline]:
     """The pipelines of a model folder's widths, narrowest first; their weights are not yet read."""
-    config = DiTConfig.from_dict(load_config(Path(model) / "transformer"))
-    return [Pipeline.load(model, variant) for variant in config.variants]
+    return [Pipeline.load(model, variant) for variant in load_dit_config(model).variants]
 
 
 def psnr(latents: mx.array, reference: mx.array) -> float:

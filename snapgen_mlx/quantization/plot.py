@@ -5,7 +5,7 @@ import math
 
 from ..errors import UsageError
 from ..files import atomic_write
-from .palette import BITS
+from ..tensors.palette import BITS
 from .recipe import summed
 
 

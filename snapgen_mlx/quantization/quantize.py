@@ -11,17 +11,21 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import DiTConfig
-from ..convert.formats import open_weights
-from ..convert.hub import COMPONENTS
-from ..convert.plan import TOKENIZERS, Component, Row
-from ..convert.steps import COPY
-from ..convert.write import check_disk, copy_few_steps, verify, write_components
-from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder
-from ..memory import format_bytes
+from ..errors import SnapGenError, UsageError, format_bytes
+from ..files import atomic_folder, folder_bytes
+from ..layout import COMPONENTS, TOKENIZERS, load_config
+from ..loading import load_dit_config
+from ..lora import copy_few_step_loras
 from ..pipeline import Pipeline
-from ..safetensors_io import DTYPES
-from ..weights import load_config, load_infos, load_tensors, write_json
+from ..tensors.readers import open_component
+from ..tensors.safetensors_io import DTYPES
+from ..tensors.stream import (
+    Component,
+    Row,
+    verify,
+    write_components,
+)
+from ..tensors.weights import load_infos, load_tensors
 from .backends import Affine, Backend, Palette, backend_of, half
 from .calibration import PROMPTS, Calibration, load_widths, psnr
 from .plot import draw, import_matplotlib
@@ -84,7 +88,7 @@ def quantize(
         import_matplotlib()  # before the long measurement
     if sum(x is not None for x in (bits, size, target, recipe)) > 1:
         raise UsageError("bits, size, PSNR and recipe exclude each other; give one of them")
-    config = DiTConfig.from_dict(load_config(model / "transformer"))
+    config = load_dit_config(model)
     _check_float(model)
     form = backend_of(backend, config)
     shapes = quantizable(config, form.group)
@@ -99,7 +103,7 @@ def quantize(
         if recipe is None:
             if size is not None:
                 budget = _affordable(size - folder_bytes(tmp), model, config, shapes, form)
-            calibration = Calibration.of(model, prompts)
+            calibration = Calibration.from_model(model, prompts)
             path = sensitivity or dest.with_name(f"{dest.name}.sensitivity.json")
             effect = method == "density"
             found = measure(model, form, calibration, path, progress, effect)
@@ -116,16 +120,14 @@ def quantize(
             if plot:
                 draw(found, recipe.layers, plot)
         part = transformer_part(model, recipe, form)
-        check_disk(tmp, {part.name: part})
-        write_components(tmp, {part.name: part}, "mlx")
-        write_json(tmp / part.name / "config.json", part.config)
+        write_components(tmp, [part])
         recipe.save(tmp / "recipe.json")
         if tuning:
             run = dest.with_name(f"{dest.name}.tuning")
-            options = TuningOptions.of(average_bits(recipe.layers, shapes), tuning)
+            options = TuningOptions.from_bits(average_bits(recipe.layers, shapes), tuning)
             for record in tune(model, tmp, prompts, run, options):
                 follow(record)
-        written = verify(tmp, {**others, part.name: part})
+        written = verify(tmp, [*others, part])
         report = {
             "backend": form.name,
             "method": recipe.method,
@@ -136,14 +138,10 @@ def quantize(
         }
         if size is not None and report["bytes"] > size:
             raise SnapGenError(f"{dest} came out at {format_bytes(report['bytes'])}, above --size")
-        report |= _compare(model, tmp, Calibration.of(model, prompts, seed=CHECKED))
+        report |= _compare(model, tmp, Calibration.from_model(model, prompts, seed=CHECKED))
     if tuning:
         forget(run)
     return report
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
 
 
 # --- the recipe
@@ -223,17 +221,17 @@ def _search(
 # --- writing
 
 
-def _component(folder: Path, bits_of: Callable[[str, tuple], int | None], form) -> Component:
+def _component(
+    folder: Path, bits_of: Callable[[str, tuple[int, ...]], int | None], form: Backend
+) -> Component:
     """What becomes of a folder's tensors: few bits where ``bits_of`` names them, else 16."""
-    config = load_config(folder)
-    part = Component(folder.name, folder, config, None, folder / "config.json")
-    part.config, part.reader = dict(config), open_weights(folder)
+    part = Component(name=folder.name, config=load_config(folder), reader=open_component(folder))
     for key, info in part.reader.infos.items():
         dtype = DTYPES[info.dtype]
         if bits := bits_of(key, info.shape):
-            part.rows += form.rows(key, info.shape, dtype, bits)
+            part.rows.append(form.row(key, info.shape, dtype, bits))
         else:
-            part.rows.append(Row(key, info.shape, "16 bits", key, half(dtype), step=COPY))
+            part.rows.append(Row(key, info.shape, key, half(dtype)))
     return part
 
 
@@ -280,11 +278,10 @@ def other_part(folder: Path, form: Backend) -> Component:
     return _component(folder, bits_of, form)
 
 
-def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]:
+def _write_others(model: Path, tmp: Path, form: Backend) -> list[Component]:
     """Everything but the transformer."""
     names = [n for n in COMPONENTS if n != "transformer" and (model / n).is_dir()]
-    parts = {name: other_part(model / name, form) for name in names}
-    check_disk(tmp, parts)
+    parts = [other_part(model / name, form) for name in names]
     weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json")
     for name in (*names, *TOKENIZERS.values()):
         if (model / name).is_dir():
@@ -292,10 +289,8 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> dict[str, Component]
     for file in model.iterdir():
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
-    copy_few_steps(model, tmp, partial(_short_lora, form=form))
-    write_components(tmp, parts, "mlx")
-    for name, part in parts.items():
-        write_json(tmp / name / "config.json", part.config)
+    copy_few_step_loras(model, tmp, partial(_short_lora, form=form))
+    write_components(tmp, parts)
     return parts
 
 
@@ -305,8 +300,8 @@ def _short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.arr
     for key, a in tensors.items():
         # Indices of 8 bits fill whole words, whatever multiple of 4 the rank is.
         if isinstance(form, Palette) and a.ndim == 2 and a.shape[-1] % 4 == 0:
-            rows = form.rows(key, a.shape, a.dtype, OTHER_BITS)
-            out |= {row.target: row.step.apply(a) for row in rows}
+            row = form.row(key, a.shape, a.dtype, OTHER_BITS)
+            out |= zip(row.entries(), row.encode(a.astype(row.dtype)), strict=True)
         else:
             out[key] = a.astype(half(a.dtype))
     return out
@@ -337,7 +332,7 @@ def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
         for p in (pipe, float_pipe)
     ]
     result["pictures"] = psnr(*map(mx.array, pictures))
-    states = Calibration.of(quantized, calibration.prompts).text
+    states = Calibration.from_model(quantized, calibration.prompts).text
     changed = {k: a for k, a in calibration.text.items() if not mx.array_equal(states[k], a)}
     result["text"] = {k: psnr(states[k], a) for k, a in changed.items()}
     return result

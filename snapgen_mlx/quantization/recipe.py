@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..files import read_json, write_json
 from ..models.elastic import axis_groups, bank_index, random_supernet
-from ..weights import read_json, write_json
-from .palette import BITS
+from ..tensors.palette import BITS
 
 METHODS = ("density", "mse")
 FORMAT = {"format": "snapgen-mlx-recipe", "version": 1}

@@ -12,10 +12,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import SnapGenError
-from ..files import file_sha256
+from ..files import file_sha256, read_json, write_json
+from ..loading import load_supernet
 from ..models.elastic import axis_groups, bank_index, in_bank, leading_slice
 from ..pipeline import Pipeline
-from ..weights import load_supernet, load_tensors, read_json, weight_files, write_json
+from ..tensors.weights import load_tensors, weight_files
 from .backends import Backend
 from .calibration import Calibration, load_widths
 from .recipe import BITS, quantizable

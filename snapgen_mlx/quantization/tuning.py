@@ -13,19 +13,21 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..files import atomic_write
+from ..device import usable_memory
+from ..layout import TEXT_FOLDERS
+from ..loading import load_supernet
 from ..lora import LoRALinear
-from ..memory import usable_memory
 from ..models.dit import DiT
-from ..safetensors_io import DTYPES, read_header, write_tensors
 from ..sampling import schedule
+from ..tensors.safetensors_io import read_header, save_arrays
+from ..tensors.weights import weight_files
 from ..training.checkpoint import fingerprint
 from ..training.data import LatentDataset, cached_states
-from ..training.distill import TEXT_FOLDERS, velocity_and_tokens
-from ..training.elastic import ElasticOptions, ElasticTrainer
-from ..training.finetune import draw_prior, training_memory
+from ..training.distill import velocity_and_tokens
+from ..training.elastic_trainer import ElasticOptions, ElasticTrainer
+from ..training.encoding import draw_prior
 from ..training.loop import LOG, RunOptions, train
-from ..weights import load_supernet, weight_files
+from ..training.training_memory import TrainingMemory
 from .calibration import load_widths
 
 SAVE_MINUTES = 1.0
@@ -41,7 +43,7 @@ class TuningOptions(ElasticOptions):
     subnets: str = "all"
 
     @classmethod
-    def of(cls, bits: float, steps: int) -> "TuningOptions":
+    def from_bits(cls, bits: float, steps: int) -> "TuningOptions":
         """For weights of so many bits on average. Rounding halves with every bit, and Adam's steps
         would stay as long: at 8 bits they would do more harm than rounding did."""
         return cls(steps=steps, learning_rate=cls.learning_rate * min(1, 2 ** (4 - bits)))
@@ -137,7 +139,7 @@ def fitting(
 ) -> TuningOptions:
     """``options``, with a batch in parts or checkpointing where memory asks for it. Raises
     UsageError where nothing fits."""
-    ours, theirs = training_memory(folder), training_memory(model)
+    ours, theirs = TrainingMemory.from_model(folder), TrainingMemory.from_model(model)
     trained = sum(a.size for a in params.values())
     memory = replace(ours, beside=ours.frozen + theirs.frozen, trained=trained)
     ways = [options, *(o for _, o in memory.alternatives(options, batch) if not o.lora)]
@@ -160,8 +162,5 @@ def forget(run: Path) -> None:
 def replace_tensors(folder, arrays: dict[str, mx.array]) -> None:
     """Put ``arrays`` in the place of a component's tensors of these names, in their types."""
     for file in sorted(set(weight_files(folder).values())):
-        infos = {k: (DTYPES[i.dtype], i.shape) for k, i in read_header(file).items()}
-        old = mx.load(str(file))
-        new = ((k, arrays.get(k, old[k]).astype(dtype)) for k, (dtype, _) in infos.items())
-        with atomic_write(file) as tmp:
-            write_tensors(tmp, infos, new)
+        order, old = read_header(file), mx.load(str(file))
+        save_arrays(file, {k: arrays.get(k, old[k]).astype(old[k].dtype) for k in order})

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError
 from ..files import atomic_write, file_sha256
-from ..safetensors_io import write_tensors
+from ..tensors.safetensors_io import save_arrays
 
 KEEP = 2
 
@@ -59,9 +59,7 @@ def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> No
     for file in folder.glob(".state-*"):
         file.unlink()
     weights = folder / f"state-{step:08d}.safetensors"
-    shapes = {k: (a.dtype, tuple(a.shape)) for k, a in arrays.items()}
-    with atomic_write(weights) as tmp:
-        write_tensors(tmp, shapes, arrays.items())
+    save_arrays(weights, arrays)
     with atomic_write(weights.with_suffix(".json")) as tmp:
         tmp.write_text(json.dumps({**info, "step": step, "sha256": file_sha256(weights)}))
     # Later ones could not be read: the run went on from before them.

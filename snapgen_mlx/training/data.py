@@ -14,7 +14,7 @@ import numpy as np
 from ..config import DiTConfig
 from ..errors import SnapGenError
 from ..files import atomic_write
-from ..safetensors_io import TensorInfo, as_array, numpy_kind, read_header, write_tensors
+from ..tensors.safetensors_io import TensorInfo, as_array, numpy_kind, read_header, save_arrays
 from .pictures import Example, load_image
 
 BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
@@ -24,17 +24,18 @@ TEXTS = 256  # in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
 
 
-def bucket_sizes(base: int, config: DiTConfig) -> list[tuple[int, int]]:
+def bucket_sizes(base: int, config: DiTConfig, downsampling: int) -> list[tuple[int, int]]:
     """Sizes (H, W) in pixels that pictures are fitted to: aspects 1:2 to 2:1, area about base².
 
-    None is larger than the square. Sides are multiples of what the model takes, 64 px for the
-    known geometries; where the base is small, the square alone remains.
+    None is larger than the square. Sides are multiples of what the model and its autoencoder of
+    so much ``downsampling`` take, 64 px for the known geometries; where the base is small, the
+    square alone remains.
     """
-    side = 8 * config.token_multiple
+    side = downsampling * config.token_multiple
     sizes = {(base, base)}
     for short in range(side, base, side):
         long = min(base**2 // short, 2 * short) // side * side
-        tokens = short * long // (8 * config.patch_size) ** 2
+        tokens = short * long // (downsampling * config.patch_size) ** 2
         if short * long >= BUCKET_AREA * base**2 and tokens % config.bna_blocks == 0:
             sizes |= {(short, long), (long, short)}
     return sorted(sizes)
@@ -51,7 +52,7 @@ def encode_images(
     size: tuple[int, int],
     mirror: bool = False,
 ) -> np.ndarray:
-    """Normalised latents (N, H/8, W/8, C) float32 of the pictures, scaled to ``size`` (H, W)."""
+    """Normalised latents (N, h, w, C) float32 of the pictures, scaled to ``size`` (H, W)."""
     out, batch = [], max(1, ENCODE_PIXELS // math.prod(size))
     for i in range(0, len(files), batch):
         images = np.stack([load_image(f, size, mirror) for f in files[i : i + batch]])
@@ -72,7 +73,7 @@ def cached_latents(
     Each picture has the one of ``sizes`` that is nearest to its aspect, and a file, whose name
     follows from the picture's contents, the size and ``key``, which stands for the encoder's
     weights. Neither the time of files nor their names count. Yields a record after each batch
-    encoded; the generator's value is a list of arrays (H/8, W/8, C).
+    encoded; the generator's value is a list of arrays (h, w, C).
     """
     buckets = {}
     for i, example in enumerate(examples):
@@ -83,7 +84,7 @@ def cached_latents(
         paths, missing = {}, []
         for i in rows:
             name = [LOADING, key, size, examples[i].digest, *(["mirror"] if mirror else [])]
-            paths[i] = cache / f"{_digest(name)}.npy"
+            paths[i] = cache / f"{digest(name)}.npy"
             try:
                 out[i] = np.load(paths[i])
             except (OSError, ValueError, EOFError):  # absent or damaged
@@ -112,7 +113,7 @@ def cached_states(encoders: list, key: str, texts: Iterable[str], cache: Path) -
     places, temporary = {encoder.name: {} for encoder in encoders}, None
     for start in range(0, len(texts), TEXTS):
         chunk = texts[start : start + TEXTS]
-        path = cache / f"{_digest([key, chunk])}.safetensors"
+        path = cache / f"{digest([key, chunk])}.safetensors"
         try:
             infos = read_header(path)
         except SnapGenError:  # absent or damaged
@@ -120,9 +121,7 @@ def cached_states(encoders: list, key: str, texts: Iterable[str], cache: Path) -
                 temporary = temporary or tempfile.TemporaryDirectory(prefix="snapgen-mlx-")
                 path = Path(temporary.name) / path.name
             states = unpadded_states(encoders, chunk)
-            shapes = {k: (a.dtype, tuple(a.shape)) for k, a in states.items()}
-            with atomic_write(path) as tmp:
-                write_tensors(tmp, shapes, states.items())
+            save_arrays(path, states)
             infos = read_header(path)
             yield {"encoded": start + len(chunk), "captions": len(texts)}
         for i, text in enumerate(chunk):
@@ -143,7 +142,8 @@ def unpadded_states(encoders: list, texts: list[str]) -> dict[str, mx.array]:
     return out
 
 
-def _digest(content) -> str:
+def digest(content) -> str:
+    """A name for what is kept in a cache, by the JSON of all that it depends on."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 

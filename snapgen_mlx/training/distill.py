@@ -18,14 +18,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..config import DiTConfig
 from ..errors import UsageError
 from ..files import file_sha256
-from ..lora import LoRALinear, Update, few_step_lora, load_lora
+from ..layout import few_step_lora, load_config
+from ..loading import load_dit
+from ..lora import LoRALinear, Update, load_lora
 from ..models.dit import DiT
-from ..pipeline import load_text_encoders
 from ..sampling import guide
-from ..weights import load_config, load_dit
+from ..text_loading import load_text_encoders
 from .checkpoint import fingerprint
 from .data import LatentDataset, cached_states, encode_text
-from .elastic import ElasticOptions, ElasticTrainer
+from .elastic_trainer import ElasticOptions, ElasticTrainer
 
 # Of the states of a teacher's own text encoders, among those of the student's.
 TEACHER = "teacher/"

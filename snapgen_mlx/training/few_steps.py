@@ -7,30 +7,22 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..loading import load_dit, load_float_supernet, load_vae
 from ..lora import fuse_lora, load_lora
 from ..models.dit import DiT
 from ..models.elastic import slice_flat
-from ..pipeline import load_vae
 from ..sampling import FEW_STEPS
-from ..weights import load_dit
 from .checkpoint import fingerprint
 from .data import LatentDataset
 from .distill import Teacher, teach
-from .finetune import (
-    LORA,
-    check_output,
-    encode_data,
-    float_supernet,
-    nothing_changed,
-    training_memory,
-    write_model,
-)
+from .encoding import encode_data
 from .kdmd import KDMDOptions, KDMDTrainer
 from .loop import LOG, RunOptions, check_batch, train
-from .lora import attach_lora, lora_change, lora_params, save_lora
-from .memory import TrainingMemory
+from .lora_training import attach_lora, lora_change, lora_params, save_lora
+from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
 from .report import can_plot, plot_losses
+from .training_memory import TrainingMemory
 from .watch import SEEDS, Watch
 
 CAPTIONS = 4  # that a run is watched by
@@ -82,7 +74,7 @@ def distill_few_steps(
     yield {f"change/{variant}": change}
     save_lora(output / LORA, trainer.lora)
     if fuse:
-        config, params = float_supernet(model)
+        config, params = load_float_supernet(model)
         index = config.variant_index(variant)
         updates = load_lora(output / LORA, config, index)
         weights = fuse_lora(slice_flat(params, config, index), updates)
@@ -94,7 +86,7 @@ def few_steps_memory(model: Path, dit: DiT, teacher, rank: int) -> TrainingMemor
     frozen = sum(a.nbytes for _, a in tree_flatten(dit.parameters()))
     # The critic: its LoRA in float32, Adam's two moments and gradients.
     critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
-    memory = training_memory(model, teacher.nbytes + critic)
+    memory = TrainingMemory.from_model(model, teacher.nbytes + critic)
     return replace(memory, config=dit.config, frozen=frozen)
 
 

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..device import compute_dtype
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
-from ..weights import compute_dtype
 from .distill import (
     PROJECTOR,
     feature_loss,
@@ -24,8 +24,9 @@ from .distill import (
     velocity_and_tokens,
     without_projectors,
 )
-from .elastic import AdamOptions, Averaged, CheckpointedBlock, add, add_noise, mean_over_processes
-from .lora import lora_params
+from .flow_matching import add_noise
+from .lora_training import lora_params
+from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
 
 SHIFT = FEW_STEPS["shift"]
 SIGMAS = schedule(FEW_STEPS["steps"], SHIFT)
@@ -116,8 +117,7 @@ class KDMDTrainer:
             self.critic = LoRAWeights(lora_params(model.config, o.lora, seed), replace(o, ema=0))
         self.steps = mx.array(0)
         if o.checkpoint:
-            for block in (*model.down, *model.mid, *model.up):
-                block.__class__ = CheckpointedBlock
+            model.checkpoint_blocks()
         # A compiled graph runs in its own order, which forgoes what checkpointing saves.
         compiled = (lambda f: f) if o.checkpoint else mx.compile
         self._jump = mx.compile(self._jump_fn)
@@ -199,13 +199,13 @@ class KDMDTrainer:
         n = len(x0) // parts
         metrics, student, critic, losses = {}, None, None, []
         for i in range(0, len(x0), n):
-            x, *rest = (cut(d, i, i + n) for d in ({"": x0}, text, masks, noise))
+            x, *rest = (take_rows(d, i, i + n) for d in ({"": x0}, text, masks, noise))
             of_student, of_critic = self._pass(x[""], *rest, k, turn)
             if turn:
-                student = tuple(map(add, student, of_student)) if student else of_student
+                student = tuple(map(add_arrays, student, of_student)) if student else of_student
             if self.critic:
                 losses.append(of_critic[0])
-                critic = add(critic, of_critic[1]) if critic else of_critic[1]
+                critic = add_arrays(critic, of_critic[1]) if critic else of_critic[1]
             # The graph of one micro-batch is freed before the next is built.
             mx.eval(student, critic, losses)
         if turn:
@@ -283,7 +283,7 @@ class KDMDTrainer:
             self.critic.restore(groups["critic"])
 
 
-def cut(arrays: dict[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
+def take_rows(arrays: dict[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
     return {k: a[start:stop] for k, a in arrays.items()}
 
 

@@ -16,7 +16,7 @@ from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
 from .checkpoint import load_state, locked, save_state
 from .data import LatentDataset
-from .elastic import AdamOptions
+from .optimizer import AdamOptions
 
 LOG = "log.jsonl"
 # Options that a run may go on with others of: they change nothing but, some, how sums round.

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from ..errors import UsageError
 from ..files import atomic_write
 from ..pipeline import Pipeline
-from .elastic import ElasticTrainer
+from .elastic_trainer import ElasticTrainer
 from .loop import LOG, RunOptions
 
 PROMPTS = 8

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .errors import SnapGenError
+from ..errors import SnapGenError
+from ..files import atomic_write
 
 ITEMSIZE = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
@@ -160,3 +161,10 @@ def write_tensors(
             if array.dtype == mx.bfloat16:
                 array = array.view(mx.uint16)
             f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+
+
+def save_arrays(path, arrays: dict[str, mx.array], form: str = "mlx") -> None:
+    """Write ``arrays`` to a safetensors file, whole or not at all, one in memory at a time."""
+    infos = {key: (a.dtype, tuple(a.shape)) for key, a in arrays.items()}
+    with atomic_write(path) as tmp:
+        write_tensors(tmp, infos, arrays.items(), form)

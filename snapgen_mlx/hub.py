@@ -1,17 +1,45 @@
 """From what the user named to a local path: a file, a folder, or a download from the Hub."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
-from ..errors import SnapGenError, UsageError
-from ..lora import FEW_STEP
-from .formats import EXTENSIONS, weight_names
+from .errors import SnapGenError, UsageError
+from .layout import COMPONENTS, FEW_STEP, FORMAT, load_config
+from .tensors.sharded import EXTENSIONS, weight_names
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 # The weights by their usual names, without fp16 doubles and single-file copies of the whole.
 USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors", f"{FEW_STEP}/*.safetensors"]
 EXTRAS = ["*.json", "*.model", "*.txt", "*.jinja"]  # configurations, tokenizers, licences
+
+
+def embedded_model() -> Path:
+    """Folder of the model that is shipped with the package."""
+    folder = Path(str(resources.files("snapgen_mlx") / "assets" / "embedded"))
+    if not (folder / "config.json").is_file():
+        raise SnapGenError(f"the embedded model is missing at {folder}; reinstall snapgen-mlx")
+    return folder
+
+
+def resolve_model(source) -> Path:
+    """Local folder of a model: None for the embedded one, a folder, or a Hub id."""
+    if source is None:
+        return embedded_model()
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        folder = resolve(source)
+    if not folder.is_dir():
+        raise SnapGenError(f"{folder} is not a model folder")
+    if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        raise SnapGenError(
+            f"{source} holds a PyTorch model; first: snapgen-mlx convert {source} DIR"
+        )
+    config = load_config(folder)
+    if config.get("format") != FORMAT["format"]:
+        what = config.get("_class_name") or config.get("model_type") or "something else"
+        raise SnapGenError(f"{folder / 'config.json'} is of {what}, not of a snapgen-mlx model")
+    return folder
 
 
 def resolve(source, revision: str | None = None, token: str | None = None) -> Path:

@@ -2,40 +2,39 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder, atomic_write
-from ..quantization.palette import SUFFIX as PALETTE
-from ..quantization.palette import expand
-from ..safetensors_io import DTYPES, NAMES
-from ..weights import dequantize, load_config, write_json
-from . import vae
-from .formats import Info, name_some, open_weights
-from .hub import COMPONENTS
-from .plan import TOKENIZERS, Component, Row, as_they_are, kind, tokenizer_files
-from .steps import COPY, Step
-from .write import check_disk, copy_few_steps, verify, write_components
+from ..errors import SnapGenError, UsageError, name_keys
+from ..files import atomic_folder, atomic_write, write_json
+from ..layout import COMPONENTS, FORMAT, TOKENIZERS, load_config, tokenizer_files
+from ..lora import copy_few_step_loras
+from ..tensors.affine import dequantize
+from ..tensors.palette import SUFFIX as PALETTE
+from ..tensors.palette import expand
+from ..tensors.readers import Info, Reader, open_component
+from ..tensors.safetensors_io import DTYPES, NAMES
+from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_components
+from .rules import qwen_vae
+from .rules.interface import Rules
+from .rules.registry import Kind, kind_of
 
-# Library and class of a component, and its tokenizer's class, by what its config says it is.
-CLASSES = {
-    "SnapGenPPTransformer2DModel": ("snapgen_mlx", "SnapGenPPTransformer2DModel", None),
-    "AutoencoderKLQwenImage": ("diffusers", "AutoencoderKLQwenImage", None),
-    "SnapGenAutoencoder": ("snapgen_mlx", "SnapGenAutoencoder", None),
-    "StickerAutoencoder": ("snapgen_mlx", "StickerAutoencoder", None),
-    "clip_text_model": ("transformers", "CLIPTextModel", "CLIPTokenizer"),
-    "gemma3_text": ("transformers", "Gemma3TextModel", "GemmaTokenizer"),
-    "static_text": ("snapgen_mlx", "StaticText", None),
-}
+
+@dataclass(kw_only=True)
+class ExportedComponent(Component):
+    kind: Kind
+    dequantized: int = 0  # layers
 
 
 class _Floats:
     """A reader over another whose affine-quantized layers and palettes come as floats."""
 
-    def __init__(self, reader, shapes: dict[str, tuple]):
-        self.infos, self._reader, self._shapes = {}, reader, shapes
+    def __init__(self, reader: Reader, shapes: dict[str, tuple[int, ...]]):
+        self.files = reader.files
+        self.infos: dict[str, Info] = {}
+        self._reader, self._shapes = reader, shapes
         self.layers = sum(key.endswith((".scales", PALETTE)) for key in reader.infos)
         for key, info in reader.infos.items():
             for values in (f"{key.removesuffix('.weight')}.scales", f"{key}{PALETTE}"):
@@ -54,8 +53,8 @@ class _Floats:
 class _WithZeros:
     """A reader with further tensors that are zero."""
 
-    def __init__(self, reader, zeros: dict[str, tuple], dtype: str):
-        self._reader = reader
+    def __init__(self, reader: Reader, zeros: dict[str, tuple[int, ...]], dtype: str):
+        self._reader, self.files = reader, reader.files
         self.infos = {**reader.infos, **{k: Info(dtype, shape) for k, shape in zeros.items()}}
 
     def read(self, key: str) -> mx.array:
@@ -74,7 +73,7 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
     """
     folder, dest = Path(folder), Path(dest).expanduser().absolute()
     head = load_config(folder)
-    if head.get("format") != "snapgen-mlx":
+    if head.get("format") != FORMAT["format"]:
         raise UsageError(f"{folder} is not an MLX model folder of snapgen-mlx")
     names = [name for name in COMPONENTS if (folder / name).is_dir()]
     components = {name: _component(folder / name) for name in names}
@@ -82,72 +81,73 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
         raise SnapGenError(f"{folder} holds none of {', '.join(COMPONENTS)}")
     sampling = head.get("sampling", {})
     with atomic_folder(dest) as tmp:
-        check_disk(tmp, components)
-        write_components(tmp, components, "pt", progress)
+        write_components(tmp, components.values(), "pt", progress)
         index = {"_class_name": "SnapGenPPPipeline", "sampling": sampling}
         for name, component in components.items():
-            write_json(tmp / name / "config.json", component.config)
             index |= _entry(folder, name, component)
-            _copy_files(folder, tmp, name, component)
-        copy_few_steps(folder, tmp)
+            _copy_files(folder, tmp, name)
+        copy_few_step_loras(folder, tmp)
         index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         scheduler = {"_class_name": index["scheduler"][1], "shift": sampling.get("shift", 3.0)}
         write_json(tmp / "scheduler" / "scheduler_config.json", scheduler)
         write_json(tmp / "model_index.json", index)
         with atomic_write(tmp / "README.md") as card:
             card.write_text(_card(components))
-        written = verify(tmp, components)
+        written = verify(tmp, components.values())
     size = sum(c.nbytes for c in components.values())
     return {"bytes": size, "dequantized": _dequantized(components), "written": written}
 
 
-def _dequantized(components: dict[str, Component]) -> dict[str, int]:
-    readers = {name: c.reader for name, c in components.items()}
-    return {name: r.layers for name, r in readers.items() if getattr(r, "layers", 0)}
+def _dequantized(components: dict[str, ExportedComponent]) -> dict[str, int]:
+    return {name: c.dequantized for name, c in components.items() if c.dequantized}
 
 
-def _component(folder: Path) -> Component:
+def _component(folder: Path) -> ExportedComponent:
     config = load_config(folder)
-    _, rules = kind(config, folder / "config.json")
-    component = Component(folder.name, folder, config, rules, folder / "config.json")
-    component.config = {k: v for k, v in config.items() if k != "quantization"}
-    component.reader = reader = open_weights(folder)
+    kind = kind_of(config, folder / "config.json")
+    reader, rules = open_component(folder), kind.rules
+    component = ExportedComponent(
+        name=folder.name,
+        config={k: v for k, v in config.items() if k != "quantization"},
+        reader=reader,
+        stem="diffusion_pytorch_model" if "_class_name" in config else "model",
+        kind=kind,
+    )
     if rules is None:
-        component.rows = as_they_are(reader)
+        component.rows = copy_rows(reader)
         return component
     shapes = rules.shapes(config)
-    component.reader = reader = _Floats(reader, shapes)
-    if odd := set(shapes) ^ set(reader.infos):
-        raise SnapGenError(f"{folder} lacks, or has beyond its model, {name_some(odd)}")
-    dtypes = {}
-    for key, info in reader.infos.items():
+    floats = _Floats(reader, shapes)
+    component.reader, component.dequantized = floats, floats.layers
+    if odd := set(shapes) ^ set(floats.infos):
+        raise SnapGenError(f"{folder} lacks, or has beyond its model, {name_keys(odd)}")
+    for key, info in floats.infos.items():
         if info.shape != tuple(shapes[key]):
             raise SnapGenError(f"{folder}: {key!r} has shape {info.shape}, not {shapes[key]}")
-        dtype = dtypes[key] = DTYPES[info.dtype]
-        target, lazy = rules.back(key, mx.zeros(info.shape, dtype))
-        step = Step("back", lambda a, key=key: rules.back(key, a)[1])
-        component.rows.append(Row(key, tuple(lazy.shape), step.action, target, dtype, step=step))
-    if "_class_name" in config:
-        component.stem = "diffusion_pytorch_model"
-    if rules is vae:
-        zeros = vae.time_convs(config)
-        dtype = next(iter(dtypes.values()))
-        component.reader = _WithZeros(reader, zeros, NAMES[dtype])
-        for key, shape in zeros.items():
-            component.rows.append(Row(key, shape, "zero", key, dtype, step=COPY))
+        component.rows.append(_row(rules, key, info.shape, DTYPES[info.dtype]))
+    if rules is qwen_vae:
+        zeros, dtype = qwen_vae.time_convs(config), component.rows[0].dtype
+        component.reader = _WithZeros(floats, zeros, NAMES[dtype])
+        component.rows += [Row(key, shape, key, dtype) for key, shape in zeros.items()]
     return component
 
 
-def _entry(folder: Path, name: str, component: Component) -> dict[str, list]:
-    config = component.config
-    library, model, tokenizer = CLASSES[config.get("_class_name") or config["model_type"]]
-    entry = {name: [library, model]}
-    if tokenizer and (folder / TOKENIZERS[name]).is_dir():
-        entry[TOKENIZERS[name]] = [library, tokenizer]
+def _row(rules: Rules, key: str, shape: tuple[int, ...], dtype: mx.Dtype) -> Row:
+    """What becomes of an MLX parameter."""
+    target, lazy = rules.back(key, mx.zeros(shape, dtype))
+    step = Step("back", lambda a: rules.back(key, a)[1])
+    return Row(key, tuple(lazy.shape), target, dtype, step)
+
+
+def _entry(folder: Path, name: str, component: ExportedComponent) -> dict[str, list[str]]:
+    kind = component.kind
+    entry = {name: [kind.library, kind.model]}
+    if kind.tokenizer and (folder / TOKENIZERS[name]).is_dir():
+        entry[TOKENIZERS[name]] = [kind.library, kind.tokenizer]
     return entry
 
 
-def _copy_files(folder: Path, target: Path, name: str, component: Component) -> None:
+def _copy_files(folder: Path, target: Path, name: str) -> None:
     for file in (folder / name).glob("*.txt"):  # a static table's words
         shutil.copyfile(file, target / name / file.name)
     source = folder / TOKENIZERS.get(name, "")
@@ -157,14 +157,14 @@ def _copy_files(folder: Path, target: Path, name: str, component: Component) -> 
             shutil.copyfile(file, target / source.name / file.name)
 
 
-def _card(components: dict[str, Component]) -> str:
+def _card(components: dict[str, ExportedComponent]) -> str:
     lines = [
         "# SnapGen++ for PyTorch",
         "",
         "Exported by snapgen-mlx: a diffusers-style folder, `transformer/` in the layout of",
         "`SnapGenPPTransformer2DModel`.",
     ]
-    if any(component.rules is vae for component in components.values()):
+    if any(component.kind.rules is qwen_vae for component in components.values()):
         lines += [
             "",
             "The VAE is for single images: its `time_conv` layers and all but the last temporal",

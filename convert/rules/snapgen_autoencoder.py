@@ -3,8 +3,9 @@
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..models.autoencoder import build_autoencoder
-from .steps import Step, channels_first
+from ...loading import build_autoencoder
+from ...tensors.stream import Step
+from .interface import channels_first
 
 LAYOUT = Step("channels last", lambda a: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a)
 

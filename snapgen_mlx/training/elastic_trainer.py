@@ -13,30 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
-from ..models.dit import Block, DiT, TimeCondition
-from ..models.elastic import bank_index, scatter_add, slice_flat
-from ..weights import compute_dtype
+from ..device import compute_dtype
+from ..models.dit import DiT
+from ..models.elastic import bank_index, empty_models, scatter_add, slice_flat
+from .flow_matching import add_noise, sample_timesteps, validation_loss
+from .optimizer import AdamOptions, Averaged, add_arrays, global_norm, mean_over_processes
 
 RATIO_EMA = 0.99
 RATIO_RANGE = (0.2, 5.0)
-
-
-@dataclass
-class AdamOptions:
-    learning_rate: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup: int = 100
-    steps: int = 1000
-    final_rate: float = 0.05  # of the learning rate, at the end of the cosine
-    clip: float = 1.0
-    ema: float = 0.999  # 0: no average is kept
-    accumulate: int = 1  # micro-batches that a step's batch is split into
-    checkpoint: bool = False  # blocks are computed again for their gradients: less memory
 
 
 @dataclass
@@ -48,105 +35,9 @@ class ElasticOptions(AdamOptions):
     subnets: str = "one"  # narrower widths per step: one drawn uniformly, or "all" (sandwich rule)
 
 
-def training_shift(size: int) -> float:
-    """Of the timesteps, by a picture's side in pixels: 1 up to 256, 3 at 1024 (training section 1),
-    on a line between them."""
-    return 1.0 + 2.0 * min(max(size - 256, 0) / 768, 1.0)
-
-
-def sample_timesteps(key: mx.array, batch: int, shift: float) -> mx.array:
-    """t (B,) of u = sigmoid(N(0, 1)), shifted: shift·u / (1 + (shift-1)·u) (training section 1)."""
-    u = mx.sigmoid(mx.random.normal((batch,), key=key))
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def add_noise(x0: mx.array, eps: mx.array, t: mx.array) -> tuple[mx.array, mx.array]:
-    """x_t = (1-t)·x0 + t·eps and the velocity eps - x0; x0, eps (B, H, W, C), t (B,)."""
-    t = t[:, None, None, None]
-    return (1 - t) * x0 + t * eps, eps - x0
-
-
-def norm(grads: dict) -> mx.array:
-    """Euclidean norm over all arrays of a flat dictionary."""
-    return mx.sqrt(sum(g.square().sum() for g in grads.values()))
-
-
-def add(a: dict, b: dict) -> dict:
-    return {k: x + b[k] for k, x in a.items()}
-
-
-def mean_over_processes(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Means over processes; of a flat dictionary, whose dotted keys MLX would take for a tree."""
-    return dict(zip(arrays, nn.average_gradients(list(arrays.values())), strict=True))
-
-
 def shared(params: dict) -> dict:
     """The parameters that widths share (all but the banks)."""
     return {k: a for k, a in params.items() if bank_index(k) is None}
-
-
-class Averaged:
-    """Flat float32 arrays with their Adam state and running mean."""
-
-    def __init__(self, params: dict[str, mx.array], options: AdamOptions):
-        o = self.options = options
-        self.params = {k: a.astype(mx.float32) for k, a in params.items()}
-        self._mean = dict(self.params) if o.ema else {}
-        rates = [optim.linear_schedule(0.0, o.learning_rate, max(o.warmup, 1))]
-        decay = max(o.steps - o.warmup, 1)
-        rates.append(optim.cosine_decay(o.learning_rate, decay, o.learning_rate * o.final_rate))
-        self.optimizer = optim.Adam(optim.join_schedules(rates, [o.warmup]), betas=list(o.betas))
-        self.optimizer.init(self.params)
-        self._average = mx.compile(self._average_fn)
-
-    @property
-    def mean(self) -> dict[str, mx.array]:
-        """The running mean of the parameters, or themselves where none is kept."""
-        return self._mean or self.params
-
-    def _average_fn(self, mean, params, step):
-        # Young averages forget faster, or the random start would weigh on them for long.
-        d = mx.minimum(self.options.ema, (1 + step) / (10 + step))
-        return {k: a + (1 - d) * (params[k] - a) for k, a in mean.items()}
-
-    def update(self, grads: dict[str, mx.array]) -> mx.array:
-        """One step of Adam on the parameters that ``grads`` names; the gradients' norm. Lazy."""
-        grads, size = optim.clip_grad_norm(grads, self.options.clip)
-        self.params = self.params | self.optimizer.apply_gradients(grads, self.params)
-        self._mean = self._average(self._mean, self.params, self.optimizer.step)
-        return size
-
-    def state(self) -> dict[str, mx.array]:
-        """Everything that changes, flat: params/PATH, ema/PATH, opt/PATH.m and so on."""
-        groups = {"params": self.params, "ema": self._mean}
-        groups["opt"] = dict(tree_flatten(self.optimizer.state))
-        return {f"{group}/{k}": a for group, arrays in groups.items() for k, a in arrays.items()}
-
-    def restore(self, arrays: dict[str, mx.array]) -> None:
-        groups = {"params": {}, "ema": {}, "opt": {}}
-        for key, a in arrays.items():
-            group, _, path = key.partition("/")
-            groups[group][path] = a
-        self.params, self._mean = groups["params"], groups["ema"]
-        # Moments are keyed by the parameter's dotted path, then "m" or "v".
-        state = {}
-        for path, a in groups["opt"].items():
-            head, dot, leaf = path.rpartition(".")
-            state.setdefault(head, {}).update({leaf: a}) if dot else state.update({path: a})
-        self.optimizer.state = state
-
-
-class CheckpointedBlock(Block):
-    """A block that keeps only its input for the backward pass, and is computed again there."""
-
-    def __call__(self, x, time: TimeCondition, keys_values, mask, rope, grid):
-        def call(parameters, x, modulation, keys_values):
-            self.update(parameters)
-            time = TimeCondition(modulation, None)
-            return Block.__call__(self, x, time, keys_values, mask, rope, grid)
-
-        run = mx.checkpoint(call)
-        return run(self.trainable_parameters(), x, time.modulation, keys_values)
 
 
 def backward_order(path: str) -> tuple:
@@ -177,8 +68,7 @@ class ElasticTrainer:
         self.models = models or empty_models(config)
         if options.checkpoint:
             for model in self.models:
-                for block in (*model.down, *model.mid, *model.up):
-                    block.__class__ = CheckpointedBlock
+                model.checkpoint_blocks()
         # |g_full| / |g_s| over the shared slice, a running mean per narrower width.
         self.ratios = {str(i): mx.array(0.0) for i in range(self.full)}
         # A compiled graph runs in its own order, which forgoes what checkpointing saves.
@@ -236,7 +126,7 @@ class ElasticTrainer:
             losses, v, grads = self._grads[index](self.weights.params, batch, target, guide)
             velocities.append(v)
             now = losses, grads
-            total = tuple(map(add, total, now)) if total else now
+            total = tuple(map(add_arrays, total, now)) if total else now
             # The graph of one micro-batch and width is freed before the next is built.
             mx.eval(losses, v)
             if self.options.checkpoint:
@@ -254,7 +144,7 @@ class ElasticTrainer:
         """Adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|), clipped."""
         own = shared(slice_flat(grads, self.config, index))
         theirs = shared(sub)
-        n_full, n_sub = norm(own), norm(theirs)
+        n_full, n_sub = global_norm(own), global_norm(theirs)
         now = n_full / mx.maximum(n_sub, 1e-12)
         ratio = mx.where(ratio == 0, now, RATIO_EMA * ratio + (1 - RATIO_EMA) * now)
         weight = mx.clip(ratio, *RATIO_RANGE) if self.options.adaptive else mx.array(1.0)
@@ -326,21 +216,3 @@ class ElasticTrainer:
     def restore(self, arrays: dict[str, mx.array]) -> None:
         self.ratios = {k: arrays[f"ratio/{k}"] for k in self.ratios}
         self.weights.restore({k: a for k, a in arrays.items() if not k.startswith("ratio/")})
-
-
-def empty_models(config: DiTConfig) -> list[DiT]:
-    """A ``DiT`` per width, to be given weights."""
-    if len(config.widths) == 1:
-        return [DiT(config)]
-    return [DiT(config.variant(i)) for i in range(len(config.widths))]
-
-
-def validation_loss(model: DiT, batches) -> float:
-    """Mean flow loss of one width over ``batches`` of (x0, eps, t, text, masks) (paper, 4)."""
-    total, n = 0.0, 0
-    for x0, eps, t, text, masks in batches:
-        x_t, target = add_noise(x0, eps, t)
-        error = model(x_t, t, text, masks).astype(mx.float32) - target
-        total += error.square().mean().item() * len(x0)
-        n += len(x0)
-    return total / n

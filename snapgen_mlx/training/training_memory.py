@@ -5,16 +5,20 @@ hold within about a quarter; the same forms are used on Metal, which has not bee
 """
 
 from dataclasses import dataclass, replace
-
-from mlx.utils import tree_flatten
+from pathlib import Path
 
 from ..config import DiTConfig
-from ..errors import UsageError
-from ..memory import attention_scores, format_bytes, usable_memory
-from ..models.elastic import random_supernet
-from ..weights import compute_dtype
-from .elastic import ElasticOptions, empty_models
-from .lora import lora_params
+from ..device import compute_dtype, on_metal, usable_memory
+from ..errors import UsageError, format_bytes
+from ..layout import load_config, picture_size
+from ..loading import load_dit_config, load_vae_config
+from ..memory import attention_scores
+from ..models.elastic import empty_models, random_supernet
+from ..models.sizes import parameter_count
+from ..tensors.weights import load_infos
+from ..text_loading import TEXT_TOKENS
+from .elastic_trainer import ElasticOptions
+from .lora_training import lora_params
 
 UPDATE = 0.85  # of all trained weights: what Adam's step holds beside its state and gradients
 
@@ -47,6 +51,20 @@ class TrainingMemory:
     beside: int = 0
     trained: int | None = None
 
+    @classmethod
+    def from_model(cls, model, beside: int = 0) -> "TrainingMemory":
+        """Of training a model folder at its own picture size."""
+        config = load_dit_config(model)
+        latent = picture_size(load_config(model)) // load_vae_config(model).downsampling
+        tokens = 1 + sum(TEXT_TOKENS.get(name, 0) for name in config.text_dims)
+        weights = sum(map(parameter_count, empty_models(config)))
+        infos = load_infos(Path(model) / "transformer")
+        each: float = compute_dtype().size
+        if on_metal() and any(key.endswith(".scales") for key in infos):
+            full = sum(a.size for a in random_supernet(config).values())
+            each = sum(info.nbytes for info in infos.values()) / full  # packed ones stay packed
+        return cls(config, (latent, latent), tokens, int(each * weights), beside)
+
     def state(self, options: ElasticOptions) -> int:
         """Bytes of float32 weights, Adam's two moments, the average; what is frozen or beside."""
         kept = (3 + bool(options.ema)) * 4 * self._trained(options)
@@ -59,7 +77,7 @@ class TrainingMemory:
         part = -(-batch // options.accumulate)
         passes = []
         for i, dit in enumerate(empty_models(self.config)):  # never evaluated
-            weights = sum(a.size for _, a in tree_flatten(dit.parameters()))
+            weights = parameter_count(dit)
             frozen = options.lora or self.trained is not None
             own = 0 if frozen else weights * compute_dtype().size
             if i < len(self.config.widths) - 1:  # a slice and its gradients

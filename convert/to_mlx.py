@@ -10,13 +10,12 @@ import mlx.core as mx
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_write, file_sha256
-from ..lora import FEW_STEP, Update, fuse_lora, load_lora
-from ..weights import FORMAT, read_json, write_json
-from .hub import commit_of, resolve
-from .plan import TOKENIZERS, Component, Row, find_components, plan
-from .steps import Step
-from .write import check_disk, copy_few_steps, verify, write_components
+from ..files import atomic_write, file_sha256, read_json, write_json
+from ..hub import commit_of, resolve
+from ..layout import FEW_STEP, FORMAT, TOKENIZERS
+from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora
+from ..tensors.stream import Row, Step, verify, write_components
+from .plan import Dropped, PlannedComponent, find_components, plan
 
 JOURNAL = "journal.json"
 
@@ -64,22 +63,20 @@ def convert(
     report["files"] = _hash(path, components)
     head = _head(path, index, report)
     if _is_complete(dest, components, head):
-        return report | {"status": "complete", "written": verify(dest, components)}
+        return report | {"status": "complete", "written": verify(dest, components.values())}
 
     partial = dest.parent / f".{dest.name}.partial"
     resumed = _open_partial(partial, head)
     try:
-        check_disk(partial, components)
-        write_components(partial, components, "mlx", progress)
+        write_components(partial, components.values(), progress=progress)
         for component in components.values():
             _copy_tokenizer(component, partial)
-            write_json(partial / component.name / "config.json", component.config)
         if "transformer" in components:
-            copy_few_steps(path, partial)
+            copy_few_step_loras(path, partial)
         write_json(partial / "config.json", head)
         with atomic_write(partial / "README.md") as tmp:
             tmp.write_text(_card(report))
-        report["written"] = verify(partial, components)
+        report["written"] = verify(partial, components.values())
         (partial / JOURNAL).unlink()
         os.replace(partial, dest)
     except SnapGenError:
@@ -94,7 +91,7 @@ def convert(
 # --- before writing
 
 
-def _fuse(components: dict[str, Component], loras) -> list[dict]:
+def _fuse(components: dict[str, PlannedComponent], loras) -> list[dict]:
     """Let the transformer's rows add the LoRAs before they are quantized; says what was added."""
     if "transformer" not in components:
         raise UsageError("a LoRA is for the transformer, which is not among what is converted")
@@ -105,7 +102,6 @@ def _fuse(components: dict[str, Component], loras) -> list[dict]:
         for layer, update in load_lora(path, DiTConfig.from_dict(part.config), None, scale).items():
             row = rows[f"{layer}.weight"]
             row.step = _with_update(row.step, update)
-            row.action += ", LoRA"
         added.append({"name": Path(path).name, "scale": scale, "sha256": file_sha256(path)})
     return added
 
@@ -114,7 +110,7 @@ def _with_update(step: Step, update: Update) -> Step:
     def apply(a: mx.array) -> mx.array:
         return fuse_lora({"layer.weight": step.apply(a)}, {"layer": update})["layer.weight"]
 
-    return Step(step.action, apply)
+    return Step(f"{step.action}, LoRA", apply)
 
 
 def _name(dtype: mx.Dtype | None) -> str | None:
@@ -132,25 +128,31 @@ def _report(source, path, settings, components) -> dict:
                 "bytes": c.nbytes,
                 "parameters": c.parameters,
                 "prefixes": c.wrappers,
-                "tensors": [_row(row) | {"bytes": row.nbytes} for row in c.rows],
-                "dropped": [_row(row) for row in c.dropped],
+                "tensors": [_tensor(row) for row in c.rows],
+                "dropped": [_dropped(row) for row in c.dropped],
             }
             for name, c in components.items()
         },
     }
 
 
-def _row(row: Row) -> dict:
+def _tensor(row: Row) -> dict:
     return {
         "source": row.source,
         "target": row.target,
         "shape": list(row.shape),
         "dtype": _name(row.dtype),
         "action": row.action,
+        "bytes": row.nbytes,
     }
 
 
-def _hash(path: Path, components: dict[str, Component]) -> dict[str, str]:
+def _dropped(row: Dropped) -> dict:
+    nothing = {"target": None, "dtype": None}
+    return {"source": row.source, "shape": list(row.shape), "action": row.action, **nothing}
+
+
+def _hash(path: Path, components: dict[str, PlannedComponent]) -> dict[str, str]:
     """{file: sha256} of all that is read. Raises SnapGenError where a download is damaged."""
     root = path if path.is_dir() else path.parent
     hashes = {}
@@ -223,7 +225,7 @@ def _open_partial(partial: Path, head: dict) -> bool:
 # --- after writing
 
 
-def _copy_tokenizer(component: Component, partial: Path) -> None:
+def _copy_tokenizer(component: PlannedComponent, partial: Path) -> None:
     if component.rules is None and component.path.is_dir():  # its vocabulary stands beside it
         for file in component.path.glob("*.txt"):
             shutil.copyfile(file, partial / component.name / file.name)

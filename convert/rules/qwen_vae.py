@@ -3,8 +3,10 @@
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..models.vae import AutoencoderKLQwenImage, VAEConfig
-from .steps import CHANNELS_LAST, COPY, Drop, Step, channels_first
+from ...loading import build_autoencoder
+from ...models.vae import VAEConfig
+from ...tensors.stream import COPY, Step
+from .interface import CHANNELS_LAST, Drop, channels_first
 
 # For a single image a causal convolution is a 2-D one with its last temporal slice.
 LAST_SLICE = Step("last temporal slice, OIHW -> OHWI", lambda a: a[:, :, -1].transpose(0, 2, 3, 1))
@@ -16,8 +18,7 @@ def config(source: dict) -> dict:
 
 
 def shapes(source: dict) -> dict[str, tuple]:
-    vae = AutoencoderKLQwenImage(VAEConfig.from_dict(source))
-    return {k: a.shape for k, a in tree_flatten(vae.parameters())}
+    return {k: a.shape for k, a in tree_flatten(build_autoencoder(source).parameters())}
 
 
 def _is_2d(key: str) -> bool:

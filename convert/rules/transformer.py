@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 
-from ..config import DiTConfig
-from ..errors import UsageError
-from ..models.elastic import random_supernet
-from .steps import CHANNELS_LAST, COPY, Drop, Step, channels_first
+from ...config import DiTConfig
+from ...models import elastic
+from ...tensors.stream import COPY, Step
+from .interface import CHANNELS_LAST, Drop, channels_first
 
 FILTERS = Step("KDIhw -> KDhwI", lambda a: a.transpose(0, 1, 3, 4, 2))
 # Low bits in modulation, time, text input, gates and the final layer make noise that grows with
@@ -19,7 +19,7 @@ def config(source: dict) -> dict:
 
 def shapes(source: dict) -> dict[str, tuple]:
     """Keys and shapes of the MLX parameters (of a supernet with all its banks)."""
-    return {k: a.shape for k, a in random_supernet(DiTConfig.from_dict(source)).items()}
+    return {k: a.shape for k, a in elastic.random_supernet(DiTConfig.from_dict(source)).items()}
 
 
 def route(key: str) -> dict[str, Step] | Drop:
@@ -36,17 +36,7 @@ def back(key: str, a: mx.array) -> tuple[str, mx.array]:
 
 
 def group_size(source: dict) -> int:
-    """The largest group of weights that no width cuts through. Raises UsageError if none fits."""
-    c = DiTConfig.from_dict(source)
-    sizes = [c.variant(i).hidden_size for i in range(len(c.widths))]
-    sizes += [c.variant(i).num_heads * c.head_dim for i in range(len(c.widths))]
-    for group in (64, 32):
-        if all(size % group == 0 for size in sizes):
-            return group
-    raise UsageError(
-        f"widths of {sorted(set(sizes))} channels do not divide into groups of 32; convert "
-        "without --quantize"
-    )
+    return elastic.group_size(DiTConfig.from_dict(source))
 
 
 def bits(path: str, bits: int) -> int:

@@ -5,8 +5,9 @@ import re
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..models.clip_text import CLIPText, CLIPTextConfig
-from .steps import COPY, Drop, Step
+from ...models.clip_text import CLIPText, CLIPTextConfig
+from ...tensors.stream import COPY, Step
+from .interface import Drop
 
 PREFIXES = ("text_model.", "_text_encoder.", "text.")
 NOT_TEXT = {

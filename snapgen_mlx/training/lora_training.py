@@ -5,15 +5,14 @@ One pair of matrices per layer serves every width: A (rank, in) and B (out, rank
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
-from ..files import atomic_write
 from ..lora import LoRALinear, Update
 from ..models.dit import DiT
 from ..models.elastic import random_supernet
-from ..safetensors_io import write_tensors
+from ..tensors.affine import float_weight
+from ..tensors.safetensors_io import save_arrays
 
 SCALE = 2.0  # alpha / rank, as of the paper's rank 64 with alpha 128
 STAGES = ("down", "mid", "up")
@@ -61,15 +60,8 @@ def lora_change(model: DiT) -> float:
     for layer in lora_layers(model).values():
         update = layer.scale * layer.lora_b @ layer.lora_a
         change.append(update.astype(mx.float32).square().sum())
-        total.append(float_weight(layer.linear).square().sum())
+        total.append(float_weight(layer.linear).astype(mx.float32).square().sum())
     return mx.sqrt(sum(change) / sum(total)).item()
-
-
-def float_weight(layer: nn.Module) -> mx.array:
-    if isinstance(layer, nn.QuantizedLinear):
-        how = {"group_size": layer.group_size, "bits": layer.bits}
-        return mx.dequantize(layer.weight, layer.scales, layer.biases, **how).astype(mx.float32)
-    return layer.weight.astype(mx.float32)
 
 
 def save_lora(path, params: dict[str, mx.array]) -> None:
@@ -81,6 +73,4 @@ def save_lora(path, params: dict[str, mx.array]) -> None:
         tensors[f"{layer}.{names[part]}"] = a
         if part == "lora_a":
             tensors[f"{layer}.alpha"] = mx.array(SCALE * len(a))
-    with atomic_write(path) as tmp:
-        shapes = {k: (a.dtype, tuple(a.shape)) for k, a in tensors.items()}
-        write_tensors(tmp, shapes, tensors.items())
+    save_arrays(path, tensors)

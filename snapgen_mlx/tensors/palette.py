@@ -1,9 +1,9 @@
 """Palettes: a weight as 2^bits values and an index into them for each of its entries.
 
 On disk ``X.weight`` holds the indices, packed as MLX packs affine weights (little-endian along the
-last axis, where they must fill whole words), and ``X.weight.palette`` the values. ``load_tensors``
-expands them: a palette saves disk and download, but no memory at run time, as MLX has no kernel
-that multiplies by one.
+last axis, where they must fill whole words), and ``X.weight.palette`` the values.
+``weights.load_tensors`` expands them: a palette saves disk and download, but no memory at run
+time, as MLX has no kernel that multiplies by one.
 """
 
 import math

@@ -3,8 +3,9 @@
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..models.gemma_text import GemmaText, text_keys
-from .steps import COPY, Drop, Step
+from ...models.gemma_text import GemmaText, text_keys
+from ...tensors.stream import COPY, Step
+from .interface import Drop
 
 
 def config(source: dict) -> dict:

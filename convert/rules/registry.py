@@ -1,0 +1,44 @@
+"""Which rules are a checkpoint's, and which folder it has in a model, by its config.json."""
+
+from typing import NamedTuple
+
+from ...errors import SnapGenError
+from . import clip, gemma, qwen_vae, snapgen_autoencoder, transformer
+from .interface import Rules
+
+
+class Kind(NamedTuple):
+    """A model that can be a part of SnapGen++."""
+
+    folder: str
+    rules: Rules | None  # None: the same on both sides
+    library: str  # of its PyTorch class
+    model: str
+    tokenizer: str | None = None  # class
+
+
+KINDS = {
+    "SnapGenPPTransformer2DModel": Kind(
+        "transformer", transformer, "snapgen_mlx", "SnapGenPPTransformer2DModel"
+    ),
+    "AutoencoderKLQwenImage": Kind("vae", qwen_vae, "diffusers", "AutoencoderKLQwenImage"),
+    "SnapGenAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "SnapGenAutoencoder"),
+    "StickerAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "StickerAutoencoder"),
+    "clip_text_model": Kind("text_encoder", clip, "transformers", "CLIPTextModel", "CLIPTokenizer"),
+    "gemma3_text": Kind(
+        "text_encoder_2", gemma, "transformers", "Gemma3TextModel", "GemmaTokenizer"
+    ),
+    "static_text": Kind("text_encoder", None, "snapgen_mlx", "StaticText"),
+}
+ALIASES = {"clip": "clip_text_model", "gemma3": "gemma3_text"}  # whole models, with image towers
+
+
+def kind_of(config: dict, where) -> Kind:
+    """Raises SnapGenError for a config of no model that is part of SnapGen++."""
+    name = config.get("_class_name") or config.get("model_type")
+    if isinstance(name, str) and ALIASES.get(name, name) in KINDS:
+        return KINDS[ALIASES.get(name, name)]
+    open_clip = config.get("model_cfg", config)
+    if isinstance(open_clip, dict) and "text_cfg" in open_clip:
+        return KINDS["clip_text_model"]
+    raise SnapGenError(f"{where} is of {name or 'an unknown model'}, which is no part of SnapGen++")

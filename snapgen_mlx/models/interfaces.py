@@ -1,0 +1,68 @@
+"""What a pipeline asks of an autoencoder and of a text encoder, whichever it is."""
+
+from typing import Protocol
+
+import mlx.core as mx
+
+
+class AutoencoderConfig(Protocol):
+    """Sizes of an autoencoder, known without its weights."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position and axis."""
+
+    @property
+    def image_channels(self) -> int: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def always_float32(self) -> bool:
+        """Whether its weights are loaded as float32 on every machine."""
+
+    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+        """Bytes of activations of decoding a latent (h, w) in tiles, predicted."""
+
+
+class Autoencoder(Protocol):
+    """Pictures to latents and back."""
+
+    @property
+    def config(self) -> AutoencoderConfig: ...
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Of the weights that ``decode`` reads."""
+
+    def encode(self, images: mx.array) -> mx.array:
+        """Images (B, H, W, image_channels) in [-1, 1] -> normalised latents (B, h, w, C)."""
+
+    def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, H, W, image_channels) in [-1, 1].
+
+        ``tile``: latent positions a side of what is decoded at once, where memory is short.
+        """
+
+
+class TextEncoder(Protocol):
+    """Texts to token states."""
+
+    @property
+    def name(self) -> str:
+        """Under which a transformer reads the states (``DiTConfig.text_dims``)."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+
+    def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
+        """States (B, L, dim) and mask (B, L) bool; True where a token counts."""
+
+    def encoding_bytes(self) -> int:
+        """Bytes of activations of encoding the longest text, predicted."""

@@ -1,0 +1,23 @@
+"""What a network holds: bytes of its weights, and of activations, predicted from sizes."""
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..device import compute_dtype
+
+
+def weight_bytes(module: nn.Module, only: str | tuple[str, ...] = "") -> int:
+    """Bytes of a module's weights whose paths start with one of ``only``; none is read."""
+    parameters = tree_flatten(module.parameters())
+    return sum(a.nbytes for path, a in parameters if path.startswith(only))
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(a.size for _, a in tree_flatten(module.parameters()))
+
+
+def encoding_bytes(heads: int, hidden: int, intermediate: int, tokens: int) -> int:
+    """A text transformer's activations at the peak of a layer, on one text (measured on a CPU)."""
+    scores = heads * tokens**2
+    layer = tokens * (12 * hidden + 4 * intermediate) + 2 * scores
+    return layer * compute_dtype().size

@@ -1,0 +1,62 @@
+"""What a picture depends on beside the model's weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UsageError
+from .layout import picture_size
+from .sampling import FEW_STEPS
+
+MAX_PIXELS = 2048  # a side
+MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
+
+
+@dataclass
+class Settings:
+    """Everything a picture depends on beside the model's weights."""
+
+    prompt: str
+    seed: int = 0
+    steps: int = 4
+    guidance: float = 1.0
+    shift: float = 3.0
+    width: int = 1024  # pixels
+    height: int = 1024
+    negative: str | None = None
+
+    def __post_init__(self):
+        if not self.prompt.strip():
+            raise UsageError("the prompt is empty; say what the picture should show")
+        for text in (self.prompt, self.negative or ""):
+            if len(text) > MAX_PROMPT:
+                raise UsageError(f"a prompt of {len(text)} characters; {MAX_PROMPT} is the most")
+        if not 1 <= self.steps <= 1000:
+            raise UsageError(f"{self.steps} steps; it must be 1 to 1000")
+        if not 0 <= self.guidance <= 100:
+            raise UsageError(f"guidance {self.guidance}; it must be 0 to 100")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
+
+    @classmethod
+    def from_config(
+        cls, config: dict, prompt: str, few_steps: bool = False, **given: Any
+    ) -> "Settings":
+        """What is not given (or None) comes from a model's config, or is that of few steps."""
+        sampling = config.get("sampling", {}) | (FEW_STEPS if few_steps else {})
+        defaults = {"width": picture_size(config), "height": picture_size(config)}
+        defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
+        return cls(prompt, **defaults | {k: v for k, v in given.items() if v is not None})
+
+    def check_size(self, multiple: int) -> None:
+        """Raise UsageError for a size that is too large or no multiple of so many pixels."""
+        for n in (self.width, self.height):
+            if n % multiple or not 0 < n <= MAX_PIXELS:
+                raise UsageError(
+                    f"size {self.width}x{self.height}: width and height must be multiples of "
+                    f"{multiple} pixels, {MAX_PIXELS} at most"
+                )
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be encoded."""
+        return [text for text in (self.prompt, self.negative) if text and text.strip()]

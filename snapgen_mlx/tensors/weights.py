@@ -1,0 +1,77 @@
+"""The weights of one component's folder, strictly: every key, shape and length is checked."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import SnapGenError, name_keys
+from .palette import expand
+from .safetensors_io import TensorInfo, read_header, save_arrays
+from .sharded import check_shard, read_index, split_shards, write_index
+
+STEM = "model"
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
+
+
+def weight_files(folder) -> dict[str, Path]:
+    """{key: file} of a folder's weights after checking every file, the index and its shards."""
+    folder = Path(folder)
+    index = folder / INDEX
+    if not index.is_file():
+        return dict.fromkeys(read_header(folder / SINGLE), folder / SINGLE)
+    files = {}
+    for name, keys in read_index(index).items():
+        held = read_header(folder / name)
+        check_shard(index, name, keys, held)
+        files |= dict.fromkeys(held, folder / name)
+    return files
+
+
+def load_infos(folder) -> dict[str, TensorInfo]:
+    """Dtypes and shapes of a component folder's weights, from the headers alone."""
+    files = weight_files(folder)
+    headers = {file: read_header(file) for file in set(files.values())}
+    return {key: headers[file][key] for key, file in files.items()}
+
+
+def load_tensors(folder) -> dict[str, mx.array]:
+    """All weights of a component folder, lazily read; palettes come as the floats they stand for.
+
+    Raises SnapGenError for damaged files.
+    """
+    files = weight_files(folder)
+    loaded = {file: mx.load(str(file)) for file in set(files.values())}
+    return expand({key: loaded[file][key] for key, file in files.items()}, folder)
+
+
+def save_tensors(folder, tensors: dict[str, mx.array], max_shard_bytes: int = 4 << 30) -> None:
+    """Write weights as one file, or as shards with an index, each atomically."""
+    folder = Path(folder)
+    shards = split_shards({key: a.nbytes for key, a in tensors.items()}, max_shard_bytes, STEM)
+    for name, keys in shards.items():
+        save_arrays(folder / name, {key: tensors[key] for key in keys})
+    (folder / INDEX).unlink(missing_ok=True)  # of weights that stood here before
+    if len(shards) > 1:
+        weight_map = {key: name for name, keys in shards.items() for key in keys}
+        write_index(folder, STEM, weight_map, sum(a.nbytes for a in tensors.values()))
+
+
+def assign(module: nn.Module, tensors: dict[str, mx.array], where) -> nn.Module:
+    """Give ``module`` exactly these weights; any missing, extra or misshapen key is an error."""
+    expected = {k: a.shape for k, a in tree_flatten(module.parameters())}
+    for what, keys in (
+        ("lacks", expected.keys() - tensors),
+        ("has an extra", tensors - expected.keys()),
+    ):
+        if keys:
+            raise SnapGenError(
+                f"{where} {what} key {name_keys(keys, most=1)}; is it of another model?"
+            )
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != tuple(shape):
+            raise SnapGenError(f"{where}: {key!r} has shape {tensors[key].shape}, not {shape}")
+    module.load_weights(list(tensors.items()), strict=True)
+    return module

@@ -1,0 +1,116 @@
+"""Folders to text encoders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from .device import compute_dtype, on_metal
+from .errors import SnapGenError
+from .hub import resolve
+from .layout import TOKENIZERS, load_config
+from .models.clip_text import CLIPText, CLIPTextConfig
+from .models.gemma_text import GemmaText, text_keys
+from .models.interfaces import TextEncoder
+from .models.static_text import UNKNOWN, StaticText
+from .tensors.affine import dequantize_layers
+from .tensors.weights import assign, load_tensors
+from .tokenizer_files import load_clip_tokenizer, load_gemma_tokenizer
+
+# The longest text that the encoder of each name reads, in tokens.
+TEXT_TOKENS = {encoder.name: encoder.max_tokens for encoder in (CLIPText, GemmaText, StaticText)}
+
+
+def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = None) -> StaticText:
+    """Load config.json, model.safetensors and vocab.txt of a folder; the rest is not used.
+
+    Raises SnapGenError for missing or damaged files and for files of different tables.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    if config.get("model_type") != "static_text":
+        raise SnapGenError(f"{folder / 'config.json'} is not of a static text table")
+    length = config.get("max_length")
+    if type(length) is not int or length < 1:
+        raise SnapGenError(f"{folder / 'config.json'}: max_length is {length!r}, not a count")
+    tensors = load_tensors(folder)
+    try:
+        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise SnapGenError(f"cannot read {folder / 'vocab.txt'}: {e}") from e
+    shapes = {key: tuple(a.shape) for key, a in tensors.items()}
+    if shapes != {"table": (len(vocab), config.get("dim")), "scale": (len(vocab),)}:
+        raise SnapGenError(f"{folder}: weights, vocab.txt and config.json do not fit together")
+    if vocab[:1] != [UNKNOWN] or len(set(vocab)) != len(vocab):
+        raise SnapGenError(f"{folder / 'vocab.txt'} is damaged; download or build it again")
+    return StaticText(tensors["table"], tensors["scale"], vocab, length)
+
+
+def load_clip_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> CLIPText:
+    """Load weights and tokenizer of a CLIP's text tower.
+
+    Raises SnapGenError for missing and damaged files and for weights of another model.
+    """
+    config = CLIPTextConfig.from_dict(load_config(folder))
+    model = CLIPText(config, load_clip_tokenizer(tokenizer_folder))
+    dtype = dtype or compute_dtype()
+    assign(model, {k: a.astype(dtype) for k, a in load_tensors(folder).items()}, folder)
+    return model
+
+
+def load_gemma_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> GemmaText:
+    """Load a Gemma 3 folder, quantized by mlx-lm or not, and its tokenizer.
+
+    On a CPU, quantized layers become float ones, which compute faster there; the embedding
+    table keeps its stored type. Raises SnapGenError for missing, damaged or foreign files.
+    """
+    config, dtype = load_config(folder), dtype or compute_dtype()
+    model = GemmaText(config, load_gemma_tokenizer(tokenizer_folder), dtype)
+    tensors = text_keys(load_tensors(folder))
+    if quantization := config.get("quantization"):
+        model.quantize(quantization, tensors)
+    table = "model.embed_tokens.weight"
+    tensors = {
+        k: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and k != table else a
+        for k, a in tensors.items()
+    }
+    assign(model, tensors, folder)
+    if quantization and not on_metal():
+        dequantize_layers(model, dtype)
+    return model
+
+
+# By the model_type of their config.json: functions of the folders of weights and tokenizer.
+TEXT_ENCODERS: dict[str, Callable[[Path, Path], TextEncoder]] = {
+    "static_text": load_static_text,
+    "clip_text_model": load_clip_text,
+    "gemma3_text": load_gemma_text,
+    "gemma3": load_gemma_text,
+}
+
+
+def load_text_encoders(folder, gemma=None) -> list[TextEncoder]:
+    """The text encoders of a model folder; a folder may lack either or both.
+
+    gemma: a folder or Hub id of another Gemma 3 with its tokenizer, quantized by mlx-lm or not,
+    instead of the model's own.
+    """
+    folder = Path(folder)
+    encoders = []
+    for name, tokenizer in TOKENIZERS.items():
+        if not (folder / name).is_dir() or (gemma and name == "text_encoder_2"):
+            continue
+        kind = load_config(folder / name).get("model_type")
+        if kind not in TEXT_ENCODERS:
+            raise SnapGenError(f"{folder / name / 'config.json'}: unknown text encoder {kind!r}")
+        encoders.append(TEXT_ENCODERS[kind](folder / name, folder / tokenizer))
+    return encoders + ([load_gemma(gemma)] if gemma else [])
+
+
+def load_gemma(source) -> GemmaText:
+    """A Gemma 3 text encoder from a folder (or Hub id) that holds its tokenizer too."""
+    folder = resolve(source)
+    kind = load_config(folder).get("model_type")
+    if TEXT_ENCODERS.get(str(kind)) is not load_gemma_text:
+        raise SnapGenError(f"{source} is a {kind or 'model of unknown type'}, not a Gemma 3")
+    return load_gemma_text(folder, folder)

@@ -1,0 +1,113 @@
+"""Tokenizers of the text encoders, from the files that stand beside their weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from .errors import SnapGenError
+from .files import read_json
+from .models.word_tokens import UNKNOWN, WordTokens
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # of CLIP
+
+
+def load_clip_tokenizer(folder) -> Tokenizer:
+    """CLIP's tokenizer from tokenizer.json, or from vocab.json and merges.txt.
+
+    Raises SnapGenError when the files are missing or damaged.
+    """
+    folder = Path(folder)
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_padding()
+            return tokenizer
+        if not (vocab.is_file() and merges.is_file()):
+            raise SnapGenError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+        bpe = BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=EOS)
+    except SnapGenError:
+        raise
+    except Exception as e:  # the tokenizers library raises nothing more precise
+        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
+    # The rest is fixed for CLIP and therefore not in those two files.
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([BOS, EOS])
+    ends = [(token, tokenizer.token_to_id(token)) for token in (EOS, BOS)]
+    tokenizer.post_processor = processors.RobertaProcessing(
+        *ends, trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def load_gemma_tokenizer(folder) -> Callable[[str], list[int]]:
+    """A function, text -> ids with <bos> first, from tokenizer.json or else tokenizer.model.
+
+    Raises SnapGenError when the files are missing or damaged.
+    """
+    folder = Path(folder)
+    extra = folder / "tokenizer_config.json"
+    extra = read_json(extra) if extra.is_file() else {}
+    bos_token = extra.get("bos_token") or "<bos>"
+    bos_token = bos_token["content"] if isinstance(bos_token, dict) else bos_token
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            bos = tokenizer.token_to_id(bos_token)
+
+            def encode(text):
+                return tokenizer.encode(text, add_special_tokens=False).ids
+
+        elif (folder / "tokenizer.model").is_file():
+            from sentencepiece import SentencePieceProcessor
+
+            pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+            bos, encode = pieces.piece_to_id(bos_token), pieces.encode
+            bos = None if pieces.is_unknown(bos) else bos
+        else:
+            raise SnapGenError(f"{folder} has neither tokenizer.json nor tokenizer.model")
+    except SnapGenError:
+        raise
+    except Exception as e:  # the tokenizers library raises nothing more precise
+        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
+    if bos is None:
+        raise SnapGenError(f"the tokenizer in {folder} has no {bos_token} token")
+    start = [bos] if extra.get("add_bos_token", True) else []
+    return lambda text: start + encode(text)
+
+
+def load_word_tokens(folder, max_length: int) -> WordTokens:
+    """The tokenizer of a word table, from vocab.txt and, where it is there, emoji.json of a folder.
+
+    Raises:
+        SnapGenError: a file is missing or damaged.
+    """
+    vocab, emoji = Path(folder) / "vocab.txt", Path(folder) / "emoji.json"
+    try:
+        words = vocab.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise SnapGenError(f"cannot read {vocab}: {e}") from e
+    if words[:1] != [UNKNOWN] or len(set(words)) != len(words):
+        raise SnapGenError(f"{vocab} is damaged; download or build it again")
+    try:
+        names = json.loads(emoji.read_text(encoding="utf-8")) if emoji.exists() else {}
+    except (OSError, ValueError) as e:
+        raise SnapGenError(f"cannot read {emoji}: {e}") from e
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise SnapGenError(f"{emoji} does not map emoji to names; download or build it again")
+    return WordTokens(words, names, max_length)

@@ -1,0 +1,95 @@
+"""Data sets of a model folder: pictures and captions encoded by it, and pictures it draws."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import SnapGenError
+from ..files import atomic_write
+from ..layout import FEW_STEP, TEXT_FOLDERS, load_config, picture_size
+from ..loading import load_dit_config, load_vae, load_vae_config
+from ..pipeline import Pipeline
+from ..sampling import last_step
+from ..text_loading import load_text_encoders
+from .checkpoint import fingerprint
+from .data import LatentDataset, bucket_sizes, cached_latents, cached_states, digest
+from .pictures import Example
+
+
+def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
+    """Latents of the pictures that the widest variant of ``model`` draws of ``prompts``, from the
+    folder ``cache`` where they are there.
+
+    Learned beside new pictures, they keep what the model knows (prior preservation [Ruiz et al.
+    2023, 4.2]). Yields a record after each drawn; the value is the list of arrays (h, w, C).
+    """
+    pipe = Pipeline(model, load_dit_config(model).variants[-1], keep_encoders=False)
+    key = fingerprint(model / "transformer", model / FEW_STEP)
+    out, missing = [None] * len(prompts), {}
+    for i, prompt in enumerate(prompts):
+        name = digest([key, prompt, i])
+        path = cache / f"prior-{name}.npy"
+        try:
+            out[i] = np.load(path)
+        except (OSError, ValueError, EOFError):  # absent or damaged
+            missing[i] = path
+    jobs = {i: pipe.settings(prompts[i], seed=i) for i in missing}
+    if jobs:
+        pipe.prepare(list(jobs.values()))
+    for i, path in missing.items():
+        out[i] = np.array(last_step(pipe.stream(jobs[i])).x.astype(mx.float32))[0]
+        if mx.distributed.init().rank() == 0:
+            with atomic_write(path) as tmp:
+                np.save(tmp, out[i])
+        yield {"drawn": i + 1, "prompts": len(prompts)}
+    return out
+
+
+def encode_data(
+    model: Path,
+    parts: list[list[Example]],
+    cache: Path,
+    flip: bool = False,
+    prior: list[str] | None = None,
+) -> Iterator[dict]:
+    """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
+
+    The first part alone is flipped, and gets the ``draw_prior`` of the prompts ``prior``. Yields a
+    record after each batch encoded. Autoencoder and text encoders are in memory one after the
+    other, and no longer. Raises SnapGenError for a model without text encoder.
+    """
+    text_encoders = load_text_encoders(model)
+    if not text_encoders:
+        raise SnapGenError(f"{model} has no text encoder, so captions could not be learned")
+    size, pixels = picture_size(load_config(model)), load_vae_config(model).downsampling
+    sizes = bucket_sizes(size, load_dit_config(model), pixels)
+    vae, key = functools.cache(functools.partial(load_vae, model)), fingerprint(model / "vae")
+    latents, mirrored = [], [None] * len(parts)
+    for part in parts:
+        latents.append((yield from cached_latents(vae, key, part, sizes, cache)))
+    if flip:
+        mirrored[0] = yield from cached_latents(vae, key, parts[0], sizes, cache, mirror=True)
+    del vae
+    prior = prior or []
+    if prior:
+        drawn = yield from draw_prior(model, prior, cache)
+        latents[0] = [*latents[0], *drawn]
+        mirrored[0] = mirrored[0] and [*mirrored[0], *drawn]
+    mx.clear_cache()
+
+    key = fingerprint(*(model / name for name in TEXT_FOLDERS))
+    captions = [[e.captions for e in part] for part in parts]
+    captions[0] += [[prompt] for prompt in prior]
+    texts = [text for part in captions for of_picture in part for text in of_picture]
+    encoders = yield from cached_states(text_encoders, key, texts, cache)
+    del text_encoders
+    mx.clear_cache()
+    if not any(encoder.length(text) for encoder in encoders for text in texts):
+        raise SnapGenError(f"the captions have no word that {model} knows; write other ones")
+    return [
+        LatentDataset(x0, texts, encoders, turned)
+        for x0, texts, turned in zip(latents, captions, mirrored, strict=True)
+    ]
