@@ -44,6 +44,13 @@ def lora_option(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
 @click.option("--height", type=int, help="Pixels, a multiple of 64 (default: the model's).")
 @click.option("--seed", "seeds", type=int, multiple=True, help="May be given several times.")
 @click.option("--count", type=click.IntRange(1, 10000), help="That many seeds, from --seed on.")
+@click.option("--image", type=click.Path(), help="A picture to start from.")
+@click.option("--mask", type=click.Path(), help="White where --image is to be drawn anew.")
+@click.option("--outpaint", metavar="N|L,T,R,B", help="Pixels to add around --image.")
+@click.option("--strength", type=float, help="How much of --image changes, 0 to 1.")
+@click.option("--vary", metavar="SEED:AMOUNT", help="Noise between two seeds, as 8:0.3.")
+@click.option("--preview", type=click.Path(), help="Folder for a picture of every step.")
+@click.option("--grid", type=click.Path(), help="Also a sheet of all, prompts by seeds (PNG).")
 @click.option("-o", "--output", default="{prompt}-{seed}.png", show_default=True)
 @click.option("--from-metadata", "source", type=click.Path(), help="Repeat a PNG made before.")
 @click.option(
@@ -71,17 +78,26 @@ def generate(
     text_encoder,
     low_ram,
     explain,
+    image,
+    mask,
+    outpaint,
+    preview,
+    grid,
     **given,
 ):
     """Make a picture of each of PROMPTS with each seed.
 
-    Without PROMPTS, or for a prompt "-", prompts are read from standard input, one a line.
+    Without PROMPTS, or for a prompt "-", prompts are read from standard input, one a line. A
+    prompt with choices in braces, "a {happy,sad} cat", stands for one of each.
     """
     from tqdm import tqdm
 
+    from snapgen_mlx.editing import Edit, parse_margins, read_picture
     from snapgen_mlx.errors import UsageError
     from snapgen_mlx.pipeline import Pipeline
     from snapgen_mlx.png import read_metadata, save_png
+    from snapgen_mlx.prompts import expand
+    from snapgen_mlx.sheet import save_sheet
 
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
@@ -89,9 +105,11 @@ def generate(
         return
     if source:
         found = read_metadata(source)
-        for option, here in (("loras", loras), ("text_encoder", text_encoder)):
+        needed = {"loras": loras, "text_encoder": text_encoder}
+        needed |= {"image": image, "mask": mask, "outpaint": outpaint}
+        for option, here in needed.items():
             if found.get(option) and not here:
-                names = found[option] if option == "text_encoder" else " ".join(found[option])
+                names = " ".join(found[option]) if option == "loras" else found[option]
                 flag = option.rstrip("s").replace("_", "-")
                 raise UsageError(f"{source} was made with --{flag} {names}; give it again")
         prompts, variant = prompts or (found.pop("prompt"),), variant or found.pop("variant")
@@ -108,6 +126,16 @@ def generate(
         prompts = (*prompts[:at], *lines, *prompts[at + 1 :])
         if not prompts:
             raise UsageError("no prompt on standard input")
+    if not source:
+        prompts = tuple(each for prompt in prompts for each in expand(prompt))
+    if image is None and (mask or outpaint or given["strength"] is not None):
+        raise UsageError("--mask, --outpaint and --strength need --image")
+    files = {"image": image and Path(image).name, "mask": mask and Path(mask).name}
+    files = {k: v for k, v in (files | {"outpaint": outpaint}).items() if v}
+    edit = None
+    if image is not None:
+        margins = parse_margins(outpaint) if outpaint else None
+        edit = Edit(read_picture(image), mask and read_picture(mask), margins)
     seeds = seeds or (0,)
     if count:
         if len(seeds) > 1:
@@ -131,19 +159,37 @@ def generate(
     )
     if not pipe.encoders:
         click.echo("note: this model has no text encoder; the prompt has no effect", err=True)
-    jobs = [(pipe.settings(prompt, seed=seed, **given), path) for prompt, seed, path in jobs]
+
+    def settings_of(prompt, seed):
+        if edit is None:
+            return pipe.settings(prompt, seed=seed, **given)
+        return pipe.edit_settings(prompt, edit, seed=seed, **given)
+
+    drawn = {}
+    jobs = [(settings_of(prompt, seed), path) for prompt, seed, path in jobs]
     for i, (settings, path) in enumerate(jobs):
         if i % ENCODED_AT_ONCE == 0:
             pipe.prepare([settings for settings, _ in jobs[i : i + ENCODED_AT_ONCE]])
         started = time.perf_counter()
-        steps = pipe.stream(settings)
-        with tqdm(total=settings.steps, desc=settings.prompt[:40], unit="step") as bar:
+        steps = pipe.stream(settings, edit)
+        total = max(1, settings.steps - settings.skipped_steps)
+        with tqdm(total=total, desc=settings.prompt[:40], unit="step") as bar:
             for step in steps:
                 seconds = (time.perf_counter() - started) / (step.index + 1)
                 bar.set_postfix_str(f"{seconds:.2f} s/step", refresh=False)
                 bar.update()
-        written = save_png(pipe.decode(step.x), path, pipe.metadata(settings))
+                if preview:
+                    name = f"{path.stem}-step-{step.index + 1:02d}.png"
+                    save_png(pipe.decode(step.x0), Path(preview) / name, pipe.metadata(settings))
+        picture = pipe.decode(step.x)
+        picture = edit.finish(picture) if edit else picture
+        if grid:
+            drawn.setdefault(settings.prompt, []).append(picture)
+        written = save_png(picture, path, pipe.metadata(settings) | files)
         click.echo(f"{written}  {time.perf_counter() - started:.1f} s")
+    if grid:
+        columns = [f"seed {seed}" for seed in seeds]
+        click.echo(save_sheet(grid, list(drawn.values()), list(drawn), columns))
 
 
 def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:

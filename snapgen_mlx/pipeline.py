@@ -11,14 +11,15 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from . import __version__
+from .editing import Edit
 from .errors import SnapGenError, UsageError
 from .hub import resolve_model
-from .layout import few_step_lora, load_config
+from .layout import few_step_lora, load_config, picture_size
 from .loading import load_dit, load_dit_config, load_vae
 from .memory import ModelMemory, Request, decoding_tile
 from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
-from .sampling import Step, denoise, last_step, schedule
+from .sampling import Step, blend_noise, denoise, last_step, schedule
 from .settings import Settings
 from .text_loading import load_text_encoders
 
@@ -142,8 +143,24 @@ class Pipeline:
         if not keep:
             self.free("encoders")
 
-    def stream(self, settings: Settings) -> Iterator[Step]:
+    def edit_settings(self, prompt: str, edit: Edit, **given) -> Settings:
+        """``settings`` for a picture that starts from another.
+
+        The size, where it is not given, is that picture's shape at the model's own area; strength
+        is 1 under a mask and 0.6 without.
+        """
+        multiple = self.memory.pixel_multiple
+        width, height = edit.fit(picture_size(self.config), multiple)
+        defaults = {"width": width, "height": height, "strength": 1.0 if edit.mask else 0.6}
+        given = {k: v for k, v in given.items() if v is not None}
+        return self.settings(prompt, **defaults | given)
+
+    def stream(self, settings: Settings, edit: Edit | None = None) -> Iterator[Step]:
         """Denoise, yielding every step after its evaluation; decode ``step.x`` of the last one.
+
+        With ``edit`` the steps start from its picture, as far as ``settings.strength`` says, and
+        what its mask leaves out is put back after each; ``edit.finish`` makes the result of what
+        was decoded. There is one step even where nothing changes.
 
         Raises UsageError at once when the prompt or the size does not suit the model, or the
         picture does not fit into memory.
@@ -158,21 +175,44 @@ class Pipeline:
             self.prepare([s])
         text, masks = self._texts[s.prompt]
         negative = self._texts.get(s.negative)
-        key = mx.random.key(s.seed)
-        noise = mx.random.normal((1, h, w, config.in_channels), key=key)
+        start = noise = self._noise(s, (1, h, w, config.in_channels))
         sigmas = schedule(s.steps, s.shift)
+        put_back = None
+        if edit is not None:
+            sigmas = sigmas[s.skipped_steps :]
+            pixels = edit.pixels(s.width, s.height, self.memory.vae.image_channels)
+            known = self.vae.encode(pixels).astype(mx.float32)
+            start = sigmas[0] * noise + (1 - sigmas[0]) * known
+            mask = edit.latent_mask(h, w)
+            mx.eval(start, known)
+            if mask is not None:
+
+                def put_back(x, sigma):
+                    return mask * x + (1 - mask) * (sigma * noise + (1 - sigma) * known)
+
         if self.low_ram:
             self.free("encoders", "vae")
 
         def evaluated():
+            if len(sigmas) == 1:  # nothing is to change
+                yield Step(0, 0.0, start, start)
+                return
             if self.memory.is_palette:  # left to themselves, many would be expanded side by side
                 for _, weight in tree_flatten(self.dit.parameters()):
                     mx.eval(weight)
-            for step in denoise(self.dit, noise, text, masks, sigmas, s.guidance, negative):
+            steps = denoise(self.dit, start, text, masks, sigmas, s.guidance, negative, put_back)
+            for step in steps:
                 mx.eval(step.x, step.x0)
                 yield step
 
         return evaluated()
+
+    def _noise(self, s: Settings, shape: tuple[int, ...]) -> mx.array:
+        noise = mx.random.normal(shape, key=mx.random.key(s.seed))
+        if s.variation is None:
+            return noise
+        seed, amount = s.variation
+        return blend_noise(noise, mx.random.normal(shape, key=mx.random.key(seed)), amount)
 
     def decode(self, latents: mx.array) -> Image.Image:
         """Picture of a normalised latent (1, h, w, C)."""
@@ -189,6 +229,34 @@ class Pipeline:
         settings that cannot be met.
         """
         return self.decode(last_step(self.stream(self.settings(prompt, **settings))).x)
+
+    def edit(
+        self,
+        prompt: str,
+        image: Image.Image,
+        mask: Image.Image | None = None,
+        margins: tuple[int, int, int, int] | None = None,
+        **settings,
+    ) -> Image.Image:
+        """A picture made from another one.
+
+        Args:
+            prompt: what the result shows, all of it.
+            image: the picture to start from.
+            mask: of its size; white is drawn anew, the rest stays bit for bit.
+            margins: pixels to add at (left, top, right, bottom).
+            settings: as of ``generate``, and strength.
+
+        Returns:
+            With a mask or margins a picture of the image's size and they; else of the size that
+            ``edit_settings`` tells.
+
+        Raises:
+            UsageError: settings that cannot be met.
+        """
+        edit = Edit(image, mask, margins)
+        steps = self.stream(self.edit_settings(prompt, edit, **settings), edit)
+        return edit.finish(self.decode(last_step(steps).x))
 
     def metadata(self, settings: Settings) -> dict:
         """What reproduces a picture, for its PNG; files by their names."""

@@ -1,6 +1,7 @@
 """Pictures that carry the settings which reproduce them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -34,8 +35,12 @@ def read_metadata(path) -> dict:
     try:
         with Image.open(path) as image:
             found = json.loads(image.text[METADATA_KEY])
-        settings = {k: found[k] for k in (*Settings.__dataclass_fields__, "variant")}
-        others = ("few_step", "text_encoder", "loras")
+        settings = {  # older versions did not write all that may be None
+            name: found.get(name) if field.default is None else found[name]
+            for name, field in Settings.__dataclass_fields__.items()
+        }
+        settings = asdict(Settings(**settings)) | {"variant": found["variant"]}
+        others = ("few_step", "text_encoder", "loras", "image", "mask", "outpaint")
         return settings | {k: found[k] for k in others if k in found}
     except OSError as e:
         raise SnapGenError(f"cannot read the picture {path}: {e}") from e

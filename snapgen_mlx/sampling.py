@@ -1,6 +1,6 @@
 """Sampling the flow: sigmas, guidance and Euler steps (paper 3.3; shift after SD3)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,11 +44,13 @@ def denoise(
     sigmas: list[float],
     guidance: float = 1.0,
     negative: tuple[dict, dict] | None = None,
+    put_back: Callable[[mx.array, float], mx.array] | None = None,
 ) -> Iterator[Step]:
     """Integrate dx/dt = v from ``noise`` (B, H, W, C) along ``sigmas``, yielding every step.
 
     Time and text conditions are computed once. With guidance != 1 each step evaluates the prompt
-    and ``negative`` (text, masks; the null condition when None) in one batch of 2·B. Nothing is
+    and ``negative`` (text, masks; the null condition when None) in one batch of 2·B. After each
+    step ``put_back`` gets x and its sigma, and returns x with what must stay. Nothing is
     evaluated here: the caller evaluates each step, and may stop at any.
     """
     B = noise.shape[0]
@@ -65,7 +67,18 @@ def denoise(
             v = guide(v[:B], v[B:], guidance)
         x0 = x - sigma * v
         x = x + (following - sigma) * v
+        if put_back is not None:
+            x = put_back(x, following)
         yield Step(i, sigma, x, x0)
+
+
+def blend_noise(a: mx.array, b: mx.array, amount: float) -> mx.array:
+    """Spherical interpolation from noise ``a`` (amount 0) to ``b`` (1), which keeps its norm."""
+    a_unit, b_unit = (n / mx.linalg.norm(n.reshape(-1)) for n in (a, b))
+    angle = mx.arccos(mx.clip((a_unit * b_unit).sum(), -1, 1))
+    if angle.item() < 1e-3:
+        return a
+    return (mx.sin((1 - amount) * angle) * a + mx.sin(amount * angle) * b) / mx.sin(angle)
 
 
 def last_step(steps: Iterator[Step]) -> Step:

@@ -23,6 +23,8 @@ class Settings:
     width: int = 1024  # pixels
     height: int = 1024
     negative: str | None = None
+    strength: float | None = None  # how much of a picture to start from changes, 0 to 1
+    vary: str | None = None  # "SEED:AMOUNT": how far the noise is that of another seed
 
     def __post_init__(self):
         if not self.prompt.strip():
@@ -36,6 +38,9 @@ class Settings:
             raise UsageError(f"guidance {self.guidance}; it must be 0 to 100")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UsageError(f"strength {self.strength}; it must be 0 to 1")
+        self.variation  # noqa: B018 (raises when malformed)
 
     @classmethod
     def from_config(
@@ -55,6 +60,30 @@ class Settings:
                     f"size {self.width}x{self.height}: width and height must be multiples of "
                     f"{multiple} pixels, {MAX_PIXELS} at most"
                 )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps at the start that are left out since the picture to start from stands for them.
+
+        The last ``round(strength * steps)`` steps are made, at least one unless strength is 0.
+        """
+        if not self.strength:
+            return self.steps if self.strength == 0 else 0
+        return self.steps - max(1, round(self.strength * self.steps))
+
+    @property
+    def variation(self) -> tuple[int, float] | None:
+        """``vary`` as the other seed and its share. Raises UsageError when it is malformed."""
+        if self.vary is None:
+            return None
+        seed, _, amount = self.vary.partition(":")
+        try:
+            parsed = int(seed), float(amount)
+        except ValueError:
+            parsed = -1, -1.0
+        if not (0 <= parsed[0] < 2**63 and 0 <= parsed[1] <= 1):
+            raise UsageError(f"{self.vary!r} is not SEED:AMOUNT with an amount of 0 to 1, as 8:0.3")
+        return parsed
 
     @property
     def texts(self) -> list[str]:

@@ -1,0 +1,150 @@
+"""Pictures to start from: the whole of one, a part under a mask, or its surroundings."""
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from .errors import UsageError
+
+SEAM = 100  # the longer side is so many times the width of the blended seam
+MAX_SIDE = 8192  # pixels of a picture that is edited
+
+
+class Edit:
+    """A picture that is drawn anew, wholly or in part.
+
+    Args:
+        image: any mode; transparency is kept.
+        mask: of the image's size; white, or transparent where it has transparency, is drawn anew
+            and the rest stays bit for bit. None: everything changes, by ``Settings.strength``.
+        margins: pixels (left, top, right, bottom) to add around the image, drawn anew.
+
+    Raises:
+        UsageError: a mask of another size or with nothing to draw, or sides out of bounds.
+    """
+
+    def __init__(
+        self,
+        image: Image.Image,
+        mask: Image.Image | None = None,
+        margins: tuple[int, int, int, int] | None = None,
+    ):
+        image = ImageOps.exif_transpose(image)
+        self.image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        self.mask = None if mask is None else _to_mask(mask)
+        if self.mask is not None and self.mask.size != self.image.size:
+            raise UsageError(
+                f"the mask has {_size(self.mask)} pixels and the picture {_size(self.image)}; "
+                "they must have the same size"
+            )
+        if margins is not None:
+            self._widen(margins)
+        if max(self.image.size) > MAX_SIDE:
+            raise UsageError(f"a picture of {_size(self.image)} pixels; {MAX_SIDE} a side at most")
+        if self.mask is not None and self.mask.getextrema()[1] == 0:
+            raise UsageError("the mask is black throughout: paint white what should be drawn anew")
+
+    def _widen(self, margins: tuple[int, int, int, int]) -> None:
+        left, top, right, bottom = margins
+        if min(margins) < 0 or sum(margins) == 0 or max(margins) > MAX_SIDE:
+            raise UsageError(f"cannot widen a picture by {margins}; give pixels, not all of them 0")
+        pads = ((top, bottom), (left, right))
+        # The edge goes on outside, so that the first look at the new part is a likely one.
+        pixels = np.pad(np.array(self.image), (*pads, (0, 0)), mode="edge")
+        old = np.zeros(self.image.size[::-1], np.uint8) if self.mask is None else self.mask
+        self.mask = Image.fromarray(np.pad(np.array(old), pads, constant_values=255))
+        self.image = Image.fromarray(pixels)
+
+    def fit(self, side: int, multiple: int) -> tuple[int, int]:
+        """Width and height to work at: the picture's shape at the area of ``side``², the model's
+        own size, each side rounded to a multiple."""
+        w, h = self.image.size
+        scale = side / (w * h) ** 0.5
+        width, height = (max(round(n * scale / multiple), 1) * multiple for n in (w, h))
+        return width, height
+
+    def pixels(self, width: int, height: int, channels: int) -> mx.array:
+        """The picture (1, height, width, channels) in [-1, 1] as an autoencoder takes it.
+
+        Four channels are red, green and blue premultiplied by alpha, and alpha; with three the
+        picture lies on white.
+        """
+        a = np.array(self.image.convert("RGBA"), dtype=np.float32) / 255
+        rgb, alpha = a[..., :3], a[..., 3:]
+        a = np.concatenate([rgb * alpha, alpha], axis=-1) if channels == 4 else rgb * alpha
+        if channels == 3:
+            a = a + 1 - alpha
+        if self.image.size != (width, height):
+            planes = [
+                Image.fromarray(a[..., i]).resize((width, height), Image.Resampling.LANCZOS)
+                for i in range(channels)
+            ]
+            a = np.stack([np.array(plane) for plane in planes], axis=-1).clip(0, 1)
+        return mx.array(a * 2 - 1)[None]
+
+    def latent_mask(self, h: int, w: int) -> mx.array | None:
+        """(1, h, w, 1): 1 where a latent position covers anything to draw; None without a mask."""
+        if self.mask is None:
+            return None
+        # Averages of a cell above nothing; BOX takes every pixel of it into account.
+        cells = Image.fromarray(np.array(self.mask, dtype=np.float32))
+        cells = np.array(cells.resize((w, h), Image.Resampling.BOX)) > 0
+        return mx.array(cells.astype(np.float32))[None, ..., None]
+
+    def finish(self, drawn: Image.Image) -> Image.Image:
+        """The result: ``drawn`` as it is, or under the mask and blended with what stays."""
+        if self.mask is None:
+            return drawn
+        if drawn.mode == "RGBA" and self.image.mode == "RGB":
+            drawn = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
+        drawn = drawn.convert(self.image.mode)
+        if drawn.size != self.image.size:
+            drawn = drawn.resize(self.image.size, Image.Resampling.LANCZOS)
+        return Image.composite(drawn, self.image, self._seam())
+
+    def _seam(self) -> Image.Image:
+        """The mask, falling off towards its border; exactly 0 wherever the mask is."""
+        radius = max(1, round(max(self.image.size) / SEAM))
+        inner, total = self.mask, np.array(self.mask, dtype=np.float32)
+        for _ in range(radius):
+            inner = inner.filter(ImageFilter.MinFilter(3))
+            total += np.array(inner)
+        return Image.fromarray(np.round(total / (radius + 1)).astype(np.uint8))
+
+
+def read_picture(path) -> Image.Image:
+    """A picture file, read whole. Raises UsageError when it is none."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        what = "the file" if hasattr(path, "read") else path
+        raise UsageError(f"cannot read {what} as a picture: {e}") from e
+
+
+def _to_mask(mask: Image.Image) -> Image.Image:
+    """255 where to draw, 0 elsewhere."""
+    if mask.has_transparency_data:
+        alpha = mask.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            return alpha.point(lambda a: 255 if a < 128 else 0)
+    return mask.convert("L").point(lambda v: 255 if v >= 128 else 0)
+
+
+def _size(image: Image.Image) -> str:
+    return "{}x{}".format(*image.size)
+
+
+def parse_margins(text: str) -> tuple[int, int, int, int]:
+    """ "32" or "LEFT,TOP,RIGHT,BOTTOM" as margins in pixels. Raises UsageError otherwise."""
+    parts = text.split(",")
+    try:
+        numbers = tuple(int(part) for part in parts)
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        numbers *= 4
+    if len(numbers) != 4:
+        raise UsageError(f"{text!r} are no margins; give pixels as 32 or LEFT,TOP,RIGHT,BOTTOM")
+    return numbers
