@@ -145,6 +145,54 @@ def test_drafts_are_not_kept(client, served):
     assert drawn["name"] is None and len(served[1].gallery) == before
 
 
+def png(image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_edits_keep_what_the_mask_keeps(official, client):
+    image = Image.new("RGBA", (64, 64), (10, 200, 30, 120))
+    mask = Image.new("RGBA", image.size, "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    answer = official.images.edit(
+        image=("image.png", png(image)), mask=("mask.png", png(mask)), prompt="a cat"
+    )
+    result = np.array(opened(answer.data[0].b64_json))
+    assert (result[:, 32:] == np.array(image)[:, 32:]).all()
+    assert (result[:, :30] != np.array(image)[:, :30]).any(axis=2).mean() > 0.9
+    wider = official.images.edit(
+        image=("image.png", png(image)), prompt="a cat", extra_body={"outpaint": "8,0,8,0"}
+    )
+    assert opened(wider.data[0].b64_json).size == (80, 64)
+    events = official.images.edit(
+        image=("image.png", png(image)), prompt="a cat", stream=True, extra_body={"strength": 0.3}
+    )
+    assert [event.type for event in events] == ["image_edit.completed"]
+
+
+@pytest.mark.parametrize(
+    ("files", "fields"),
+    [
+        ({}, {}),
+        ({"image": b"no picture"}, {}),
+        ({"image": b""}, {}),
+        ({"image": "good", "mask": b"x"}, {}),
+        ({"image": "good", "other": "good"}, {}),
+        ({"image": "good"}, {"strength": "2"}),
+        ({"image": "good"}, {"strength": "much"}),
+        ({"image": "good"}, {"outpaint": "-5"}),
+        ({"image": "good"}, {"outpaint": "99999"}),
+        ({"image": "good"}, {"colour": "red"}),
+    ],
+)
+def test_bad_edits(client, files, fields):
+    good = png(Image.new("RGB", (64, 64)))
+    files = {k: (k, good if v == "good" else v) for k, v in files.items()}
+    response = client.post("/v1/images/edits", files=files, data={"prompt": "a cat"} | fields)
+    assert failed(response, 400)
+
+
 BAD = {
     "no prompt": {},
     "empty prompt": {"prompt": "  "},

@@ -5,12 +5,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from ..editing import Edit
 from ..errors import SnapGenError, UsageError
 from ..pipeline import Pipeline
 from ..vocabulary import known_words
@@ -73,6 +75,7 @@ class Job:
         emit: called in the drawing thread with each Progress and Picture, and at last Ended.
         model, variant: None for the first model, and for the widest width that fits.
         given: settings of a picture beside prompt and seed; None for the model's own.
+        edit: a picture to start from.
         previews: how many steps of a picture come with a preview.
         keep: whether finished pictures go into the gallery.
     """
@@ -83,6 +86,7 @@ class Job:
     model: str | None = None
     variant: str | None = None
     given: dict = field(default_factory=dict)
+    edit: Edit | None = None
     previews: int = 0
     keep: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -204,9 +208,8 @@ class Engine:
         for (other, _), loaded in self._pipelines.items():
             if other == name:  # the widths of a model share all but the transformer
                 pipe.vae, pipe.encoders = loaded.vae, loaded.encoders
-        for part in (pipe.dit, pipe.vae):  # weights are read now, not with the first picture
-            for _, weight in tree_flatten(part.parameters()):
-                mx.eval(weight)
+        for _, weight in tree_flatten(pipe.dit.parameters()):  # now, not with the first picture
+            mx.eval(weight)
         self._pipelines[name, pipe.variant] = pipe
         return pipe
 
@@ -215,27 +218,36 @@ class Engine:
             return
         self._check(job)
         pipe = self._pipeline(job.model or next(iter(self.sources)), job.variant)
+        if job.edit is None:
+            settings_of = pipe.settings
+        else:
+            settings_of = partial(pipe.edit_settings, edit=job.edit)
         wanted = [
-            pipe.settings(prompt, seed=seed, **job.given)
+            settings_of(prompt, seed=seed, **job.given)
             for prompt in job.prompts
             for seed in job.seeds
         ]
         pipe.prepare(wanted)
         for number, settings in enumerate(wanted):
             started = time.perf_counter()
-            for step in pipe.stream(settings):
+            steps = max(1, settings.steps - settings.skipped_steps)
+            for step in pipe.stream(settings, job.edit):
                 if job.cancelled.is_set():
                     return
                 self._check(job)
                 made = step.index + 1
                 preview = None
-                if made < settings.steps and _shows(made, settings.steps, job.previews):
+                if made < steps and _shows(made, steps, job.previews):
                     preview = pipe.decode(step.x0)
-                left = (time.perf_counter() - started) / made * (settings.steps - made)
-                job.emit(Progress(number, made, settings.steps, left, preview))
+                left = (time.perf_counter() - started) / made * (steps - made)
+                job.emit(Progress(number, made, steps, left, preview))
             image = pipe.decode(step.x)
+            if job.edit is not None:
+                image = job.edit.finish(image)
             seconds = time.perf_counter() - started
             metadata = pipe.metadata(settings)
+            if job.edit is not None:
+                metadata["image"] = "a picture that was sent"
             name = self.gallery.add(image, metadata) if job.keep else None
             job.emit(Picture(number, image, metadata, seconds, name))
 

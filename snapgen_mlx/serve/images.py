@@ -9,20 +9,46 @@ import random
 import time
 from collections.abc import AsyncIterator
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException as AnyHTTPException
 
+from ..editing import Edit, parse_margins, read_picture
 from ..errors import SnapGenError, UsageError
 from ..prompts import expand
 from .engine import Busy, Ended, Engine, Job, Late, Picture, Progress, Stopping, UnknownModel
-from .guard import error_body
-from .schema import Generation, check_number
+from .guard import MAX_BODY, error_body
+from .schema import Editing, Generation, check_number
 
 log = logging.getLogger("snapgen_mlx.serve")
 router = APIRouter()
 STATUS = [(UnknownModel, 404, "model_not_found"), (UsageError, 400, "invalid_request")]
 STATUS += [(Busy, 429, "busy"), (Stopping, 503, "stopping"), (Late, 504, "too_late")]
+EDITS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "allOf": [
+                        Editing.model_json_schema(),
+                        {
+                            "type": "object",
+                            "required": ["image"],
+                            "properties": {
+                                "image": {"type": "string", "format": "binary"},
+                                "mask": {"type": "string", "format": "binary"},
+                            },
+                        },
+                    ]
+                }
+            }
+        },
+    }
+}
 GLANCE = 0.1  # seconds between looks whether a client is still there
 
 
@@ -87,6 +113,32 @@ def encode(image: Image.Image, fields: Generation) -> str:
 async def generations(fields: Generation, request: Request):
     """Pictures from words: whole, or with ``stream`` as server-sent events."""
     return await answer(fields, request, "image_generation")
+
+
+@router.post("/v1/images/edits", openapi_extra=EDITS)
+async def edits(request: Request):
+    """A picture made from another one, under a mask or wholly: multipart/form-data."""
+    try:
+        form = await request.form(max_files=2, max_fields=40, max_part_size=MAX_BODY)
+    except AnyHTTPException as e:
+        raise HTTPException(400, f"the body is not valid multipart/form-data: {e.detail}") from e
+    files = {k.removesuffix("[]"): v for k, v in form.items() if not isinstance(v, str)}
+    texts = {k: v for k, v in form.items() if isinstance(v, str)}
+    if not files.keys() <= {"image", "mask"} or "image" not in files:
+        raise UsageError("send one file as image, and at most one as mask")
+    try:
+        fields = Editing.model_validate(texts)
+    except ValidationError as e:
+        raise RequestValidationError(
+            [error | {"loc": ("body", *error["loc"])} for error in e.errors()]
+        ) from e
+    margins = parse_margins(fields.outpaint) if fields.outpaint else None
+
+    def edit():
+        pictures = {k: read_picture(upload.file) for k, upload in files.items()}
+        return Edit(pictures["image"], pictures.get("mask"), margins)
+
+    return await answer(fields, request, "image_edit", edit=await asyncio.to_thread(edit))
 
 
 async def answer(fields: Generation, request: Request, kind: str, **more):

@@ -40,6 +40,7 @@ class Generation(BaseModel):
     steps: int | None = None
     guidance: float | None = None
     negative: str | None = None
+    vary: str | None = Field(None, description="SEED:AMOUNT, noise between two seeds, as 8:0.3.")
     progress: bool = Field(False, description="With stream: an event for every step.")
     keep: bool = Field(True, description="Whether the gallery keeps the pictures.")
 
@@ -66,12 +67,25 @@ class Generation(BaseModel):
             "steps": self.steps,
             "guidance": self.guidance,
             "negative": self.negative,
+            "vary": self.vary,
         }
 
     def seeds(self, first: int) -> list[int]:
         """Seeds of the ``n`` pictures of each prompt."""
         first = first if self.seed is None else self.seed
         return [first + i for i in range(self.n)]
+
+
+class Editing(Generation):
+    """A picture made from another; the files ``image`` and ``mask`` come beside these fields."""
+
+    input_fidelity: NoEffect = None
+    strength: float | None = Field(None, description="How much changes, 0 to 1.")
+    outpaint: str | None = Field(None, description="Pixels to add around: 32 or L,T,R,B.")
+
+    @property
+    def given(self) -> dict:
+        return super().given | {"strength": self.strength}
 
 
 def check_number(prompts: list[str], n: int) -> None:
