@@ -15,6 +15,7 @@ from ..hub import commit_of, resolve
 from ..layout import FEW_STEP, FORMAT, TOKENIZERS
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora
 from ..tensors.stream import Row, Step, verify, write_components
+from ..tokenizer_files import copy_word_files
 from .plan import Dropped, PlannedComponent, find_components, plan
 
 JOURNAL = "journal.json"
@@ -227,8 +228,7 @@ def _open_partial(partial: Path, head: dict) -> bool:
 
 def _copy_tokenizer(component: PlannedComponent, partial: Path) -> None:
     if component.rules is None and component.path.is_dir():  # its vocabulary stands beside it
-        for file in component.path.glob("*.txt"):
-            shutil.copyfile(file, partial / component.name / file.name)
+        copy_word_files(component.path, partial / component.name)
     for file in component.tokenizer_files:
         target = partial / TOKENIZERS[component.name]
         target.mkdir(exist_ok=True)

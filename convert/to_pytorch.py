@@ -17,6 +17,7 @@ from ..tensors.palette import expand
 from ..tensors.readers import Info, Reader, open_component
 from ..tensors.safetensors_io import DTYPES, NAMES
 from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_components
+from ..tokenizer_files import copy_word_files
 from .rules import qwen_vae
 from .rules.interface import Rules
 from .rules.registry import Kind, kind_of
@@ -148,8 +149,7 @@ def _entry(folder: Path, name: str, component: ExportedComponent) -> dict[str, l
 
 
 def _copy_files(folder: Path, target: Path, name: str) -> None:
-    for file in (folder / name).glob("*.txt"):  # a static table's words
-        shutil.copyfile(file, target / name / file.name)
+    copy_word_files(folder / name, target / name)
     source = folder / TOKENIZERS.get(name, "")
     if name in TOKENIZERS and source.is_dir():
         (target / source.name).mkdir()

@@ -12,13 +12,16 @@ from .layout import TOKENIZERS, load_config
 from .models.clip_text import CLIPText, CLIPTextConfig
 from .models.gemma_text import GemmaText, text_keys
 from .models.interfaces import TextEncoder
-from .models.static_text import UNKNOWN, StaticText
+from .models.static_text import StaticText
+from .models.word_tokens import WordTokens
+from .models.word_transformer import WordTransformer, WordTransformerConfig
 from .tensors.affine import dequantize_layers
 from .tensors.weights import assign, load_tensors
-from .tokenizer_files import load_clip_tokenizer, load_gemma_tokenizer
+from .tokenizer_files import load_clip_tokenizer, load_gemma_tokenizer, load_word_tokens
 
 # The longest text that the encoder of each name reads, in tokens.
-TEXT_TOKENS = {encoder.name: encoder.max_tokens for encoder in (CLIPText, GemmaText, StaticText)}
+_KINDS = (CLIPText, GemmaText, StaticText, WordTransformer)
+TEXT_TOKENS = {encoder.name: encoder.max_tokens for encoder in _KINDS}
 
 
 def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = None) -> StaticText:
@@ -30,20 +33,43 @@ def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = Non
     config = load_config(folder)
     if config.get("model_type") != "static_text":
         raise SnapGenError(f"{folder / 'config.json'} is not of a static text table")
+    tensors = load_tensors(folder)
+    words = _word_tokens(folder, config, tensors, config.get("dim"))
+    if set(tensors) != {"table", "scale"}:
+        raise SnapGenError(f"{folder}: weights, vocab.txt and config.json do not fit together")
+    return StaticText(tensors["table"], tensors["scale"], words)
+
+
+def load_word_transformer(
+    folder, tokenizer_folder=None, dtype: mx.Dtype | None = None
+) -> WordTransformer:
+    """Load config.json, model.safetensors and vocab.txt of a folder; float32 on every machine.
+
+    Raises SnapGenError for missing or damaged files and for weights of another model.
+    """
+    folder = Path(folder)
+    config, tensors = load_config(folder), load_tensors(folder)
+    words = _word_tokens(folder, config, tensors, config.get("word_dim"))
+    try:
+        model = WordTransformer(WordTransformerConfig.from_dict(config), words)
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise SnapGenError(f"{folder / 'config.json'} does not describe a model: {e}") from e
+    frozen = ("table", "scale")
+    tensors = {k: a if k in frozen else a.astype(mx.float32) for k, a in tensors.items()}
+    return assign(model, tensors, folder)
+
+
+def _word_tokens(folder: Path, config: dict, tensors: dict, dim) -> WordTokens:
+    """The tokenizer of a table (V, dim) among ``tensors``."""
     length = config.get("max_length")
     if type(length) is not int or length < 1:
         raise SnapGenError(f"{folder / 'config.json'}: max_length is {length!r}, not a count")
-    tensors = load_tensors(folder)
-    try:
-        vocab = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise SnapGenError(f"cannot read {folder / 'vocab.txt'}: {e}") from e
-    shapes = {key: tuple(a.shape) for key, a in tensors.items()}
-    if shapes != {"table": (len(vocab), config.get("dim")), "scale": (len(vocab),)}:
+    words = load_word_tokens(folder, length)
+    rows = len(words.vocab)
+    shapes = [tuple(tensors[k].shape) if k in tensors else None for k in ("table", "scale")]
+    if shapes != [(rows, dim), (rows,)]:
         raise SnapGenError(f"{folder}: weights, vocab.txt and config.json do not fit together")
-    if vocab[:1] != [UNKNOWN] or len(set(vocab)) != len(vocab):
-        raise SnapGenError(f"{folder / 'vocab.txt'} is damaged; download or build it again")
-    return StaticText(tensors["table"], tensors["scale"], vocab, length)
+    return words
 
 
 def load_clip_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> CLIPText:
@@ -83,6 +109,7 @@ def load_gemma_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> 
 # By the model_type of their config.json: functions of the folders of weights and tokenizer.
 TEXT_ENCODERS: dict[str, Callable[[Path, Path], TextEncoder]] = {
     "static_text": load_static_text,
+    "word_transformer": load_word_transformer,
     "clip_text_model": load_clip_text,
     "gemma3_text": load_gemma_text,
     "gemma3": load_gemma_text,

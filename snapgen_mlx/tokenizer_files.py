@@ -1,6 +1,6 @@
 """Tokenizers of the text encoders, from the files that stand beside their weights."""
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from .errors import SnapGenError
 from .files import read_json
 from .models.word_tokens import UNKNOWN, WordTokens
 
+WORD_FILES = ("vocab.txt", "emoji.json")  # of a word table; the second may be missing
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # of CLIP
 
 
@@ -91,23 +92,26 @@ def load_gemma_tokenizer(folder) -> Callable[[str], list[int]]:
     return lambda text: start + encode(text)
 
 
-def load_word_tokens(folder, max_length: int) -> WordTokens:
-    """The tokenizer of a word table, from vocab.txt and, where it is there, emoji.json of a folder.
+def load_word_tokens(folder, max_tokens: int) -> WordTokens:
+    """The tokenizer of a word table from vocab.txt and, where it is there, emoji.json.
 
-    Raises:
-        SnapGenError: a file is missing or damaged.
+    Raises SnapGenError when a file is missing or damaged.
     """
-    vocab, emoji = Path(folder) / "vocab.txt", Path(folder) / "emoji.json"
+    vocab, emoji = (Path(folder) / name for name in WORD_FILES)
     try:
         words = vocab.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise SnapGenError(f"cannot read {vocab}: {e}") from e
     if words[:1] != [UNKNOWN] or len(set(words)) != len(words):
         raise SnapGenError(f"{vocab} is damaged; download or build it again")
-    try:
-        names = json.loads(emoji.read_text(encoding="utf-8")) if emoji.exists() else {}
-    except (OSError, ValueError) as e:
-        raise SnapGenError(f"cannot read {emoji}: {e}") from e
-    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+    names = read_json(emoji) if emoji.exists() else {}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise SnapGenError(f"{emoji} does not map emoji to names; download or build it again")
-    return WordTokens(words, names, max_length)
+    return WordTokens(words, names, max_tokens)
+
+
+def copy_word_files(source: Path, target: Path) -> None:
+    """Copy what ``load_word_tokens`` reads, where it is there."""
+    for name in WORD_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -8,7 +8,7 @@ from snapgen_mlx.files import write_json
 from snapgen_mlx.layout import FORMAT
 from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
 from snapgen_mlx.models.elastic import random_supernet
-from snapgen_mlx.models.static_text import UNKNOWN
+from snapgen_mlx.models.word_tokens import UNKNOWN
 from snapgen_mlx.tensors.weights import save_tensors
 
 WORDS = [UNKNOWN, "a", "smiling", "cat", "dog", "red", "happy", "kitty"]

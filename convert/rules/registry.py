@@ -29,6 +29,7 @@ KINDS = {
         "text_encoder_2", gemma, "transformers", "Gemma3TextModel", "GemmaTokenizer"
     ),
     "static_text": Kind("text_encoder", None, "snapgen_mlx", "StaticText"),
+    "word_transformer": Kind("text_encoder", None, "snapgen_mlx", "WordTransformer"),
 }
 ALIASES = {"clip": "clip_text_model", "gemma3": "gemma3_text"}  # whole models, with image towers
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder, write_json
-from snapgen_mlx.models.static_text import UNKNOWN
+from snapgen_mlx.models.word_tokens import UNKNOWN
 from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.text_loading import load_static_text
 

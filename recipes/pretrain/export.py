@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import atomic_folder
+from snapgen_mlx.tokenizer_files import copy_word_files
 
 from . import state as states
 from .text import TextConfig, WordTransformer
@@ -101,9 +102,7 @@ def write_text(state: dict, words: Path, folder: Path) -> None:
     folder.mkdir()
     write_json(folder / "config.json", config)
     save_file(model.state_dict(), folder / "model.safetensors")
-    for name in ("vocab.txt", "emoji.json"):
-        if (words / name).exists():
-            shutil.copyfile(words / name, folder / name)
+    copy_word_files(words, folder)
 
 
 def library(config: dict) -> list[str]:

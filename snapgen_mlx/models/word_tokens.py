@@ -19,11 +19,11 @@ class WordTokens:
     Args:
         vocab: a word or word piece ("##s") per row of the table, UNKNOWN first.
         emoji: names by emoji, keys without variation selectors and skin tones.
-        max_length: most tokens of a text.
+        max_tokens: most tokens of a text.
     """
 
-    def __init__(self, vocab: list[str], emoji: dict[str, str], max_length: int):
-        self.vocab, self.max_length = vocab, max_length
+    def __init__(self, vocab: list[str], emoji: dict[str, str], max_tokens: int):
+        self.vocab, self.max_tokens = vocab, max_tokens
         ids = {token: i for i, token in enumerate(vocab)}
         self._tokenizer = Tokenizer(WordPiece(ids, unk_token=UNKNOWN))
         self._tokenizer.normalizer = BertNormalizer(lowercase=True, strip_accents=True)
@@ -41,9 +41,9 @@ class WordTokens:
         return self._any_emoji.sub(lambda match: f" {self._emoji[match[0]]} ", text)
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Rows of the table per text, at most ``max_length``; what has no row is passed over."""
+        """Rows of the table per text, at most ``max_tokens``; what has no row is passed over."""
         encodings = self._tokenizer.encode_batch([self.plain(text) for text in texts])
-        return [[i for i in e.ids if i != 0][: self.max_length] for e in encodings]
+        return [[i for i in e.ids if i != 0][: self.max_tokens] for e in encodings]
 
     def batch(self, texts: list[str]) -> tuple[list[list[int]], list[list[bool]]]:
         """Ids (B, L), padded with 0, and the mask of those that count; L is at least 1."""

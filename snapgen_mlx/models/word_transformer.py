@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from .static_text import _positions
+from .sizes import encoding_bytes, weight_bytes
+from .static_text import positions, word_states
 from .word_tokens import WordTokens
 
 
@@ -20,6 +21,10 @@ class WordTransformerConfig:
     heads: int = 4
     ffn_ratio: int = 4
     max_length: int = 32
+
+    def __post_init__(self):
+        if self.dim % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide {self.dim} channels")
 
     @classmethod
     def from_dict(cls, d: dict) -> "WordTransformerConfig":
@@ -60,12 +65,13 @@ class WordTransformer(nn.Module):
     """
 
     name = "words"
+    max_tokens = 32
 
     def __init__(self, config: WordTransformerConfig, words: WordTokens | None = None):
         super().__init__()
+        self.config, self.words = config, words
         self.max_tokens = config.max_length
-        self._words = words
-        self._positions = _positions(config.max_length, config.word_dim)
+        self._positions = positions(config.max_length, config.word_dim)
         self.table = mx.zeros((config.vocab_size, config.word_dim), dtype=mx.int8)
         self.scale = mx.zeros((config.vocab_size,), dtype=mx.float16)
         self.proj = nn.Linear(config.word_dim, config.dim)
@@ -74,14 +80,21 @@ class WordTransformer(nn.Module):
 
     def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
         """Rows of the table and mask of valid words (B, L) -> states (B, L, dim) float32."""
-        dim = self.table.shape[1]
-        words = self.table[ids].astype(mx.float32) * self.scale[ids].astype(mx.float32)[..., None]
-        x = self.proj(words * dim**0.5 + self._positions[: ids.shape[1]])
+        words = word_states(self.table, self.scale, ids)
+        x = self.proj(words + self._positions[: ids.shape[1]])
         # A finite value: a text without words must not become NaN.
         bias = mx.where(mask, 0.0, -1e4)[:, None, None]
         for layer in self.layers:
             x = layer(x, bias)
         return mx.where(mask[..., None], self.norm(x), 0)
+
+    @property
+    def nbytes(self) -> int:
+        return weight_bytes(self)
+
+    def encoding_bytes(self) -> int:
+        c = self.config
+        return encoding_bytes(c.heads, c.dim, c.ffn_ratio * c.dim, self.max_tokens)
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) bool, L at most ``max_tokens`` and at least 1.
@@ -89,10 +102,5 @@ class WordTransformer(nn.Module):
         Emoji count as their names. A text without any known word gives a row whose mask is False
         throughout.
         """
-        ids, mask = self._words.batch(texts)
-        ids, mask = mx.array(ids), mx.array(mask)
+        ids, mask = (mx.array(a) for a in self.words.batch(texts))
         return self(ids, mask), mask
-
-    def unknown_words(self, text: str) -> list[str]:
-        """Words of the text that the table does not know."""
-        return self._words.unknown_words(text)
