@@ -8,6 +8,7 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 
 COMMANDS = {
     "generate": "Make pictures from words.",
+    "pack": "Draw a sticker pack in the sizes that chats take.",
     "serve": "Keep a model loaded: a web page and OpenAI's image API.",
     "info": "Print what a model folder holds and the memory it needs.",
     "convert": "Turn a PyTorch checkpoint into an MLX model.",

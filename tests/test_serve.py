@@ -127,7 +127,8 @@ def test_gallery_searches_downloads_and_deletes(client, served):
     assert found["total"] == 1 and found["data"][0]["name"] == made["name"]
     png = client.get(f"/gallery/{made['name']}").content
     assert read_metadata(io.BytesIO(png))["prompt"] == "a blue dog"
-    assert client.post("/settings", content=png).json()["seed"] == 5
+    assert client.post("/settings", content=png).json()["settings"]["seed"] == 5
+    assert client.post("/settings", content=b"no picture").json() == {"settings": None}
     webp = client.get(f"/gallery/{made['name']}", params={"format": "webp"}).content
     assert (pixels(Image.open(io.BytesIO(webp))) == pixels(Image.open(io.BytesIO(png)))).all()
     names = [p["name"] for p in client.get("/gallery", params={"search": "dog"}).json()["data"]]

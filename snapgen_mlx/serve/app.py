@@ -154,9 +154,9 @@ def _add_gallery(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/settings")
     async def settings(request: Request):
-        """The settings inside a PNG that was made with snapgen-mlx: the body is the file."""
+        """The settings inside a PNG, whose bytes are the body; null for foreign pictures."""
         file = io.BytesIO(await request.body())
         try:
-            return await asyncio.to_thread(read_metadata, file)
-        except SnapGenError as e:
-            raise HTTPException(400, "the file holds no settings of snapgen-mlx") from e
+            return {"settings": await asyncio.to_thread(read_metadata, file)}
+        except SnapGenError:
+            return {"settings": None}

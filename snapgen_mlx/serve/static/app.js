@@ -272,13 +272,10 @@ async function openForEditing(blob) {
 }
 
 async function dropped(file) {
-  try {
-    apply(await askJson("/settings", { method: "POST", body: file }));
-    say(`The settings of ${file.name}.`);
-    run(false);
-  } catch {
-    openForEditing(file); // any other picture
-  }
+  const { settings } = await askJson("/settings", { method: "POST", body: file });
+  if (!settings) return openForEditing(file); // any other picture
+  apply(settings);
+  return run(false);
 }
 
 // ---- events
@@ -343,7 +340,8 @@ document.addEventListener("drop", (e) => {
   e.preventDefault();
   inside = 0;
   $("drop").hidden = true;
-  if (e.dataTransfer.files[0]) dropped(e.dataTransfer.files[0]);
+  const file = e.dataTransfer.files[0];
+  if (file) dropped(file).catch((error) => say(error.message, true));
 });
 
 async function start() {
