@@ -59,9 +59,10 @@ class Captions:
         first, n = things[0], len(things)
         if kind == "single" and first.name not in THINGS:
             phrase = self._single(rng, first, split)
+            tags = first.name not in phrase  # such as "energy power", which takes no article
             if size_word:
                 phrase = f"{size_word} {phrase}"
-            text = phrase if rng.random() < 0.25 else with_article(phrase)
+            text = phrase if tags or rng.random() < 0.25 else with_article(phrase)
         elif n == 1:
             phrase = self._named(rng, first, split)
             if size_word:
