@@ -2,6 +2,8 @@
 # make test      set up, run the linter and the tests
 # make embedded  train the embedded model from nothing (hours; goes on where it stopped)
 #
+# make stickers  train the sticker model, which will take its place (many hours; goes on likewise)
+#
 # Each creates .venv itself. PYTHON=python3.12 names the interpreter for it.
 
 BIN := .venv/bin
@@ -17,7 +19,7 @@ SLOW := OpenBLAS not found: "apt-get install libopenblas0" makes this about 30 t
 endif
 endif
 
-.PHONY: demo test embedded speed
+.PHONY: demo test embedded stickers speed
 
 demo: .venv/.installed speed
 	@rm -f demo.png
@@ -126,3 +128,35 @@ $(E)/text_encoder/config.json: | .venv/.installed-embedded
 
 $(E)/base/config.json: | $(E)/text_encoder/config.json
 	$(PYTHON_M) recipes.embedded.init snapgen_mlx/assets/embedded/vae $(E)/text_encoder $(E)/base
+
+# The sticker model (docs/embedded.md). Scenes are encoded beside the training, which waits for them.
+S := runs/stickers
+SHARDS = 48
+PRETRAIN = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
+  $(BIN)/python -m recipes.pretrain.train
+
+stickers: $(S)/model/config.json
+
+$(S)/model/config.json: $(S)/torch/model_index.json
+	$(RUN) $(BIN)/snapgen-mlx convert $(S)/torch $(S)/model
+
+$(S)/torch/model_index.json: | $(S)/data/heldout.safetensors $(S)/words/config.json
+	$(PYTHON_M) recipes.embedded.latents $(S)/sprites $(S)/vae $(S)/data --shards 0:$(SHARDS) & \
+	$(PRETRAIN) --data $(S)/data --out $(S)/run --config recipes/pretrain/stickers.json \
+	  --words $(S)/words --vae $(S)/vae; status=$$?; wait; exit $$status
+	mkdir -p $(S)/parts/vae
+	cp $(S)/vae/config.json $(S)/vae/diffusion_pytorch_model.safetensors $(S)/parts/vae
+	$(PYTHON_M) recipes.pretrain.export $(S)/run $(S)/torch --parts $(S)/parts
+
+$(S)/data/heldout.safetensors: | $(S)/vae/ENCODER_FINAL
+	$(PYTHON_M) recipes.embedded.latents $(S)/sprites $(S)/vae $(S)/data --heldout
+
+$(S)/vae/ENCODER_FINAL: | $(S)/sprites/concepts.json
+	$(BIN)/python -m recipes.embedded.autoencoder $(S)/sprites $(S)/vae --factor 8
+	touch $@
+
+$(S)/words/config.json: | .venv/.installed-embedded
+	$(PYTHON_M) recipes.embedded.text_table $(S)/words --cache $(S)/cache
+
+$(S)/sprites/concepts.json: | .venv/.installed-embedded
+	$(PYTHON_M) recipes.embedded.sprites $(S)/sprites --cache $(S)/cache
