@@ -9,14 +9,13 @@ import mlx.core as mx
 from ..errors import SnapGenError, UsageError, name_keys
 from ..files import read_json
 from ..layout import COMPONENTS, TOKENIZERS, tokenizer_files
+from ..tensors.formats import open_weights
 from ..tensors.readers import Info
+from ..tensors.safetensors_io import FLOATS
 from ..tensors.stream import AffineRow, Component, Row, Step, copy_rows
-from .formats import open_weights
 from .rules.interface import Drop, QuantizableRules, Rules
 from .rules.registry import kind_of
 
-# What a weight may be stored as, and becomes.
-FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16, "F64": mx.float32}
 # Wrappers that training loops leave around a model's keys, outside and inside.
 PREFIXES = ("module.", "model.", "transformer.", "state_dict.", "model_state_dict.")
 EMA_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_state_dict.")

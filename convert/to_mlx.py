@@ -14,6 +14,7 @@ from ..files import atomic_write, file_sha256, read_json, write_json
 from ..hub import commit_of, resolve
 from ..layout import FEW_STEP, FORMAT, TOKENIZERS
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora
+from ..lora_file import find_file
 from ..tensors.stream import Row, Step, verify, write_components
 from ..tokenizer_files import copy_word_files
 from .plan import Dropped, PlannedComponent, find_components, plan
@@ -103,7 +104,8 @@ def _fuse(components: dict[str, PlannedComponent], loras) -> list[dict]:
         for layer, update in load_lora(path, DiTConfig.from_dict(part.config), None, scale).items():
             row = rows[f"{layer}.weight"]
             row.step = _with_update(row.step, update)
-        added.append({"name": Path(path).name, "scale": scale, "sha256": file_sha256(path)})
+        digest = file_sha256(find_file(path))
+        added.append({"name": Path(path).name, "scale": scale, "sha256": digest})
     return added
 
 

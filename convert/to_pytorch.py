@@ -15,7 +15,7 @@ from ..tensors.affine import dequantize
 from ..tensors.palette import SUFFIX as PALETTE
 from ..tensors.palette import expand
 from ..tensors.readers import Info, Reader, open_component
-from ..tensors.safetensors_io import DTYPES, NAMES
+from ..tensors.safetensors_io import NAMES, READ_AS
 from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_components
 from ..tokenizer_files import copy_word_files
 from .rules import qwen_vae
@@ -61,7 +61,7 @@ class _WithZeros:
     def read(self, key: str) -> mx.array:
         if key in self._reader.infos:
             return self._reader.read(key)
-        return mx.zeros(self.infos[key].shape, DTYPES[self.infos[key].dtype])
+        return mx.zeros(self.infos[key].shape, READ_AS[self.infos[key].dtype])
 
 
 def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> dict:
@@ -125,7 +125,7 @@ def _component(folder: Path) -> ExportedComponent:
     for key, info in floats.infos.items():
         if info.shape != tuple(shapes[key]):
             raise SnapGenError(f"{folder}: {key!r} has shape {info.shape}, not {shapes[key]}")
-        component.rows.append(_row(rules, key, info.shape, DTYPES[info.dtype]))
+        component.rows.append(_row(rules, key, info.shape, READ_AS[info.dtype]))
     if rules is qwen_vae:
         zeros, dtype = qwen_vae.time_convs(config), component.rows[0].dtype
         component.reader = _WithZeros(floats, zeros, NAMES[dtype])

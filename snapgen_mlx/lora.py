@@ -13,18 +13,12 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .config import DiTConfig
-from .errors import SnapGenError, name_keys
+from .errors import SnapGenError, UsageError, name_keys
 from .layout import FEW_STEP
+from .lora_file import LoRAFile, kind_of_keys, read_tensors
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
-from .tensors.palette import expand
-from .tensors.safetensors_io import read_header, save_arrays
+from .tensors.safetensors_io import header_metadata, save_arrays
 
-PARTS = {
-    **dict.fromkeys((".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight"), "a"),
-    **dict.fromkeys((".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight"), "b"),
-    ".alpha": "alpha",
-}
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_unet_")
 LISTED = 5  # keys named in a message
 
 
@@ -36,25 +30,32 @@ class Update(NamedTuple):
 
 
 def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) -> dict[str, Update]:
-    """Updates of a safetensors file by the path of their layer.
+    """Updates of a LoRA file, or of a folder of PEFT, by the path of their layer.
 
     Args: config, of the checkpoint, a supernet or a single width; index, the width to update: a
         LoRA of the supernet is cut to it as the weights are, one of its own sizes is taken as it
         is; None for the checkpoint uncut; scale, the user's factor.
     A file's alpha/r counts for each layer, 1 where it has no alpha. Raises SnapGenError for a
-    damaged file, and unless every key of it fits a layer of the model.
+    damaged file, for NaN or infinity, for a LoRA that was made for another width, and unless every
+    key of it fits a layer of the model.
     """
-    layers, tensors, unfit = _read(path)
-    updates, bad = _match(layers, tensors, _shapes(config))
+    if not math.isfinite(scale):
+        raise UsageError(f"{path}: {scale} is no scale of a LoRA")
+    file = LoRAFile.read(path)
+    path = file.path
+    _check_width(file, config, index)
+    updates, bad = _match(file, _shapes(config))
     if index is not None and bad:
-        own, own_bad = _match(layers, tensors, _shapes(config.variant(index)))
+        own, own_bad = _match(file, _shapes(config.variant(index)))
         if len(own_bad) < len(bad):
             updates, bad = own, own_bad
     elif index is not None:
         updates = _cut(updates, config, index)
-    if unfit := unfit + [key for name in bad for key in layers[name].values()]:
+    if unfit := file.other + [key for name in bad for key in file.layers[name].values()]:
+        if what := kind_of_keys(unfit):
+            raise SnapGenError(f"{path} {what}")
         raise SnapGenError(
-            f"{path}: {len(unfit)} of {len(tensors)} keys fit no layer of this model: "
+            f"{path}: {len(unfit)} of {len(file.tensors)} keys fit no layer of this model: "
             f"{name_keys(unfit, LISTED)}; is the LoRA of another model?"
         )
     if not updates:
@@ -62,16 +63,17 @@ def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) ->
     return {name: Update(u.a, scale * u.b) for name, u in updates.items()}
 
 
-def read_lora(path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file; palettes come as the floats they stand for.
-
-    Raises SnapGenError for a damaged file and for one of another kind.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise SnapGenError(f"{path} is not a safetensors file, which a LoRA must be")
-    read_header(path)
-    return expand(mx.load(str(path)), path)
+def _check_width(file: LoRAFile, config: DiTConfig, index: int | None) -> None:
+    """A LoRA that this project made for some widths is not for others."""
+    widths = file.about.get("widths")
+    if not isinstance(widths, list):
+        return
+    wanted = config.variants if index is None else [config.variants[index]]
+    if missing := [name for name in wanted if name not in widths]:
+        raise SnapGenError(
+            f"{file.path} was made for the width {', '.join(map(str, widths))} alone, not for "
+            f"{', '.join(missing)}"
+        )
 
 
 def copy_few_step_loras(
@@ -82,19 +84,8 @@ def copy_few_step_loras(
     change: what becomes of a LoRA's tensors.
     """
     for file in sorted((source / FEW_STEP).glob("*.safetensors")):
-        save_arrays(target / FEW_STEP / file.name, change(read_lora(file)))
-
-
-def _read(path) -> tuple[dict[str, dict[str, str]], dict[str, mx.array], list[str]]:
-    """({layer: {part: key}}, {key: tensor}, keys that are no part of a LoRA)."""
-    layers, other, tensors = {}, [], read_lora(path)
-    for key in tensors:
-        suffix = next((s for s in PARTS if key.endswith(s)), None)
-        if suffix:
-            layers.setdefault(key.removesuffix(suffix), {})[PARTS[suffix]] = key
-        else:
-            other.append(key)
-    return layers, tensors, other
+        tensors = change(read_tensors(file))
+        save_arrays(target / FEW_STEP / file.name, tensors, header_metadata(file))
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:
@@ -107,34 +98,27 @@ def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _match(layers, tensors, shapes) -> tuple[dict[str, Update], list[str]]:
+def _match(file: LoRAFile, shapes: dict) -> tuple[dict[str, Update], list[str]]:
     """The updates that fit a layer of ``shapes``, and the names in the file that do not."""
-    known = {path: path for path in shapes} | {path.replace(".", "_"): path for path in shapes}
-    updates, unfit = {}, []
-    for name, keys in layers.items():
-        path = _resolve(name, known)
+    paths, updates, unfit = file.resolve(shapes), {}, []
+    for name, keys in file.layers.items():
+        path, tensors = paths.get(name), file.tensors
         try:
             a, b = tensors[keys["a"]], tensors[keys["b"]]
             (rows, columns), (rank, _) = shapes[path], a.shape
             fits = rank and a.shape == (rank, columns) and b.shape == (rows, rank)
-            alpha = tensors[keys["alpha"]].item() if "alpha" in keys else rank
+            alpha = float(tensors[keys["alpha"]].item()) if "alpha" in keys else None
         except (KeyError, ValueError):  # no such layer, a part is missing, alpha is no number
             fits = False
-        if not fits or path in updates or not math.isfinite(alpha):
+        if not fits or path in updates:
             unfit.append(name)
             continue
-        updates[path] = Update(a.astype(mx.float32), b.astype(mx.float32) * (alpha / rank))
+        factor = file.strength.scale(name, rank, alpha)
+        update = Update(a.astype(mx.float32), b.astype(mx.float32) * factor)
+        if not mx.all(mx.stack([mx.isfinite(m).all() for m in update])).item():
+            raise SnapGenError(f"{file.path}: {name} holds NaN or infinity; train it again")
+        updates[path] = update
     return updates, unfit
-
-
-def _resolve(name: str, known: dict[str, str]) -> str | None:
-    """The layer's path, after as few prefixes are taken off as need be."""
-    while name not in known:
-        prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-        if prefix is None:
-            return None
-        name = name.removeprefix(prefix)
-    return known[name]
 
 
 def _cut(updates: dict[str, Update], config: DiTConfig, index: int) -> dict[str, Update]:

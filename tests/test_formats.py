@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from snapgen_mlx.convert import formats
-from snapgen_mlx.convert.formats import open_weights
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.tensors.safetensors_io import read_header, write_tensors
+from snapgen_mlx.tensors import formats
+from snapgen_mlx.tensors.formats import open_weights
+from snapgen_mlx.tensors.safetensors_io import load_arrays, read_header, write_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 DTYPES += (torch.int8, torch.uint8, torch.bool)
@@ -64,12 +64,25 @@ def test_float64_becomes_float32(tmp_path):
         assert reader.read("x").dtype == mx.float32 and reader.read("x").tolist() == [1.5, -2.0]
 
 
-def test_float8_is_refused_by_name(tmp_path):
-    x = {"w": torch.ones(4).to(torch.float8_e4m3fn)}
-    save_file(x, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", "'w'", "F8_E4M3")
-    torch.save(x, tmp_path / "x.pt")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_code_of_float8_is_read_as_torch_reads_it(tmp_path, dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    save_file({"w": codes, "half": torch.ones(2)}, tmp_path / "x.safetensors")
+    expected = codes.float().numpy()
+    path = tmp_path / "x.safetensors"
+    for ours in (open_weights(path).read("w"), load_arrays(path)["w"]):
+        assert ours.dtype == mx.bfloat16
+        np.testing.assert_array_equal(np.array(ours.astype(mx.float32)), expected)
+    torch.save({"w": codes}, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "_rebuild_tensor_v3")
+
+
+def test_dtypes_without_an_array_are_refused_by_name(tmp_path):
+    header = {"w": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(SnapGenError, match="'w' has the dtype C64"):
+        open_weights(tmp_path / "x.safetensors").read("w")
 
 
 def test_what_is_written_is_what_the_libraries_read(tmp_path):
@@ -431,7 +444,7 @@ def test_reading_needs_no_torch(tmp_path):
     dcp_save(tmp_path / "d", {"w": torch.ones(2)})
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from snapgen_mlx.convert.formats import open_weights\n"
+        "from snapgen_mlx.tensors.formats import open_weights\n"
         f"for p in ({str(tmp_path / 'x.pt')!r}, {str(tmp_path / 'd')!r}):\n"
         "    assert open_weights(p).read('w').tolist() == [1, 1]\n"
     )

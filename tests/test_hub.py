@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from snapgen_mlx.convert.formats import open_weights
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.hub import commit_of, resolve
+from snapgen_mlx.tensors.formats import open_weights
 
 from .fake_hub import COMMIT, FakeHub
 

@@ -1,11 +1,15 @@
 """LoRA files: formats, scales, widths, strictness; fused, and beside quantized layers."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
+from safetensors.torch import save_file
 
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
@@ -132,6 +136,190 @@ def test_scale_is_alpha_over_rank_of_each_tensor(model, tmp_path, alpha, factor)
     ours = fuse_lora(params, load_lora(path, config, None, scale=0.5))
     expected = updated(params, lora, 0.5 * factor)
     assert_close(ours, updated(expected, {"up.0.attn.to_q": (a, b)}, 0.5))
+
+
+PROCESSORS = {f"{stage}.0.attn.to_{layer}": (64, 64) for stage in ("down", "up") for layer in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        (lambda p: p, ".lora_{}"),
+        (lambda p: p, ".lora_{}.style.weight"),
+        (lambda p: f"model.diffusion_model.{p}", ".lora_{}.weight"),
+        (lambda p: f"unet.{p}", ".lora_{}.weight"),
+        (lambda p: f"module.{p}", ".lora_{}.weight"),
+        (lambda p: f"base_model.model._orig_mod.{p}", ".lora_{}.weight"),
+        (lambda p: p.replace("attn", "_orig_mod.attn"), ".lora_{}.weight"),
+        (lambda p: "lora_transformer_" + p.replace(".", "_"), ".lora_{down|up}.weight"),
+        (lambda p: "lycoris_" + p.replace(".", "_"), ".lora_{down|up}.weight"),
+        (lambda p: f"some.trainer.of.tomorrow.{p}", ".lora_{down|up}.weight"),
+        (lambda p: p, ".lora.{down|up}.weight"),
+        (lambda p: f"transformer.{p}", ".lora_linear_layer.{down|up}.weight"),
+        (lambda p: p.replace("attn.", "attn.processor."), "_lora.{down|up}.weight"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_schemes_are_understood_by_their_structure(model, tmp_path, name, pair, suffix):
+    lora = random_lora(PROCESSORS)
+    a, b = ("A", "B") if "{}" in pair else ("down", "up")
+    keys = (pair.replace("{down|up}", part).replace("{}", part) for part in (a, b))
+    keys = list(keys)
+    tensors = {name(p) + k: x for p, ab in lora.items() for k, x in zip(keys, ab, strict=True)}
+    path = tmp_path / f"lora{suffix}"
+    if suffix == ".bin":
+        torch.save({k: torch.tensor(np.array(x)) for k, x in tensors.items()}, path)
+    else:
+        mx.save_safetensors(str(path), tensors)
+    config, params = load_supernet(model)
+    assert_close(fuse_lora(params, load_lora(path, config, None)), updated(params, lora))
+
+
+def test_two_prefixes_in_one_file_are_not_one_lora(model, tmp_path):
+    lora = random_lora(PROCESSORS)
+    path = save(tmp_path / "lora.safetensors", lora, lambda p: p.replace("up.", "other.up."))
+    refused(model, path, "6 of 12")
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("down.0.attn.to_q.dora_scale", "a DoRA"),
+        ("down.0.attn.to_q.lora_magnitude_vector.weight", "a DoRA"),
+        ("lycoris_down_0_attn_to_q.lokr_w1", "a LoKr"),
+        ("lycoris_down_0_attn_to_q.hada_w1_a", "a LoHa"),
+        ("down.0.attn.to_q.lora_mid.weight", "a LoCon"),
+        ("down.0.attn.to_q.diff", "whole differences"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
+        ("text_encoder.layers.0.q_proj.lora_A.weight", "text encoder"),
+    ],
+)
+def test_other_adapters_are_refused_by_what_they_are(model, tmp_path, key, what):
+    path = save(tmp_path / "lora.safetensors", random_lora(PROCESSORS))
+    mx.save_safetensors(str(path), mx.load(str(path)) | {key: mx.ones((2, 2))})
+    refused(model, path, what, key)
+
+
+ALPHA = 8.0
+TABLE = {"transformer.lora_alpha": ALPHA, "transformer.r": RANK, "text_encoder.lora_alpha": 99}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"lora_adapter_metadata": json.dumps(TABLE)},
+        {"transformer.lora_alpha": "8", "transformer.r": "2"},
+        {"alpha": "8", "rank": "2"},
+        {"ss_network_alpha": "8.0", "ss_network_dim": "2", "ss_output_name": "x"},
+        {
+            "lora_adapter_metadata": json.dumps(
+                {"transformer.lora_alpha": 99}
+                | {"transformer.alpha_pattern": {"attn.to_[qkv]": ALPHA}}
+            )
+        },
+        {"lora_alpha": str(ALPHA / RANK**0.5), "use_rslora": "True"},
+    ],
+)
+def test_alpha_is_read_from_the_header(model, tmp_path, header):
+    lora = random_lora(PROCESSORS)
+    path = save(tmp_path / "lora.safetensors", lora, lambda p: f"transformer.{p}")
+    mx.save_safetensors(str(path), mx.load(str(path)), {"format": "pt"} | header)
+    config, params = load_supernet(model)
+    ours = fuse_lora(params, load_lora(path, config, None))
+    assert_close(ours, updated(params, lora, ALPHA / RANK))
+    save(path, lora, alpha=2)  # a layer's own tensor counts first
+    mx.save_safetensors(str(path), mx.load(str(path)), {"format": "pt"} | header)
+    if "rslora" not in str(header):
+        assert_close(fuse_lora(params, load_lora(path, config, None)), updated(params, lora, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({}, 4),
+        ({"use_rslora": True}, 8 / 2**0.5),
+        ({"lora_alpha": 99, "alpha_pattern": {"to_q": 8, "to_k": 8, "attn.to_v": 8}}, 4),
+    ],
+)
+def test_a_folder_of_peft_is_a_lora(model, tmp_path, changes, factor):
+    lora = random_lora(PROCESSORS)
+    config = {"peft_type": "LORA", "lora_alpha": 8, "r": RANK, "rank_pattern": {"to_q": RANK}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+    save(tmp_path / "adapter_model.safetensors", lora, lambda p: f"base_model.model.{p}")
+    config, params = load_supernet(model)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        ours = fuse_lora(params, load_lora(path, config, None))
+        assert_close(ours, updated(params, lora, factor))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"lora_alpha": "x"}, "'x'"),
+        ({"alpha_pattern": {"(": 3}}, "no pattern"),
+        ({"alpha_pattern": [3]}, "not a JSON"),
+    ],
+)
+def test_unfit_configs_of_peft_are_refused(model, tmp_path, changes, what):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8} | changes))
+    save(tmp_path / "adapter_model.safetensors", random_lora(PROCESSORS))
+    with pytest.raises(SnapGenError, match=what):
+        load_lora(tmp_path, load_supernet(model)[0], None)
+
+
+FLOATS = ["bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_float_of_a_lora_is_read(model, tmp_path, dtype):
+    lora = random_lora(PROCESSORS)
+    tensors = {}
+    for p, (a, b) in lora.items():
+        for key, x in (("lora_A.weight", a), ("lora_B.weight", b), ("alpha", mx.array(4.0))):
+            tensors[f"{p}.{key}"] = torch.tensor(np.array(x)).to(getattr(torch, dtype))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    expected = {
+        p: [mx.array(tensors[f"{p}.lora_{x}.weight"].float().numpy()) for x in "AB"] for p in lora
+    }
+    config, params = load_supernet(model)
+    ours = fuse_lora(params, load_lora(tmp_path / "lora.safetensors", config, None))
+    assert_close(ours, updated(params, expected, 2))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "int64"])
+def test_integers_are_no_weights(model, tmp_path, dtype):
+    tensors = {
+        f"{p}.lora_{x}.weight": torch.tensor(np.array(m)).to(getattr(torch, dtype))
+        for p, ab in random_lora(PROCESSORS).items()
+        for x, m in zip("AB", ab, strict=True)
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    refused(model, tmp_path / "lora.safetensors", "dtype", "no weight")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_refused(model, tmp_path, bad):
+    path = save(tmp_path / "lora.safetensors", random_lora(PROCESSORS))
+    tensors = mx.load(str(path))
+    tensors["up.0.attn.to_k.lora_B.weight"][3, 1] = bad
+    mx.save_safetensors(str(path), tensors)
+    refused(model, path, "up.0.attn.to_k", "NaN or infinity")
+    save(path, random_lora(PROCESSORS))
+    with pytest.raises(UsageError, match="no scale"):
+        load_dit(model, "full", loras=[(path, bad)])
+
+
+def test_a_lora_made_for_one_width_is_refused_for_another(model, tmp_path):
+    path = save(tmp_path / "lora.safetensors", random_lora(PROCESSORS))
+    about = {"widths": ["full"]}
+    mx.save_safetensors(str(path), mx.load(str(path)), {"snapgen-mlx": json.dumps(about)})
+    load_dit(model, "full", loras=[(path, 1.0)])
+    with pytest.raises(SnapGenError, match="made for the width full alone, not for tiny"):
+        load_dit(model, "tiny", loras=[(path, 1.0)])
+    with pytest.raises(SnapGenError, match="not for tiny, small"):
+        load_lora(path, load_supernet(model)[0], None)
 
 
 def refused(model, path, *words):

@@ -1,16 +1,21 @@
 """Model folders are read strictly: every way of being wrong is one clear error."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
+import torch
 from mlx.utils import tree_flatten
+from safetensors.torch import save_file as torch_save
 
+from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import write_json
 from snapgen_mlx.layout import load_config
-from snapgen_mlx.loading import load_dit, load_supernet
+from snapgen_mlx.loading import load_dit, load_supernet, load_vae
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.tensors.affine import dequantize
 from snapgen_mlx.tensors.weights import (
@@ -23,12 +28,13 @@ from snapgen_mlx.tensors.weights import (
     weight_files,
 )
 
+from .tiny import write_tiny_model
 from .toy import toy_config, toy_params
 
 TENSORS = {
     "a": mx.arange(6, dtype=mx.float32).reshape(2, 3),
     "b": mx.array([1.5, -2.0], mx.bfloat16),
-    "c": mx.array(7, mx.int32),
+    "c": mx.array(7.0),
     "d": mx.zeros((0, 4), mx.float16),
     "e": mx.full((50,), 3.0),
 }
@@ -286,3 +292,38 @@ def test_load_dit_of_another_model(model, tmp_path):
     raises(tmp_path, r"lacks key 'down\.1\.", load_dit)
     write_json(tmp_path / "config.json", toy_config(caption_dim=8).to_dict())
     raises(tmp_path, r"has shape \(.*16.*\), not \(.*8.*\)", load_dit)
+
+
+def stored_as(model, tmp_path, dtype, key="mid.0.attn.to_q.weight"):
+    """A copy of the tiny model with one weight in a dtype of torch."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    file = folder / "transformer" / "model.safetensors"
+    tensors = {k: torch.tensor(np.array(a)) for k, a in mx.load(str(file)).items()}
+    scale = 100 if "int" in dtype else 1
+    tensors[key] = (tensors[key] * scale).to(getattr(torch, dtype))
+    torch_save(tensors, file)
+    return folder, tensors[key]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float64"])
+def test_unusual_floats_are_read_as_what_they_are(tmp_path, dtype):
+    model = write_tiny_model(tmp_path / "plain")
+    folder, expected = stored_as(model, tmp_path, dtype)
+    ours = load_dit(folder, "full").mid[0].attn.to_q.weight
+    np.testing.assert_allclose(np.array(ours), expected.float().numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "int32", "int64"])
+def test_integers_are_no_weights(tmp_path, dtype):
+    model = write_tiny_model(tmp_path / "plain")
+    folder, _ = stored_as(model, tmp_path, dtype)
+    for read in (load_dit, lambda f: slice_model(f, tmp_path / "cut", "tiny")):
+        with pytest.raises(SnapGenError, match=r"'mid.0.attn.to_q.weight' has the dtype"):
+            read(folder)
+    folder, _ = stored_as(model, tmp_path / "vae", dtype)
+    file = folder / "vae" / "model.safetensors"
+    tensors = {k: torch.tensor(np.array(a)) for k, a in mx.load(str(file)).items()}
+    key = next(iter(tensors))
+    torch_save(tensors | {key: tensors[key].to(getattr(torch, dtype))}, file)
+    with pytest.raises(SnapGenError, match="has the dtype"):
+        load_vae(folder)

@@ -18,7 +18,7 @@ from ..loading import load_dit_config
 from ..lora import copy_few_step_loras
 from ..pipeline import Pipeline
 from ..tensors.readers import open_component
-from ..tensors.safetensors_io import DTYPES
+from ..tensors.safetensors_io import READ_AS
 from ..tensors.stream import (
     Component,
     Row,
@@ -149,7 +149,7 @@ def quantize(
 
 def _check_float(model: Path) -> None:
     for key, info in load_infos(model / "transformer").items():
-        if not mx.issubdtype(DTYPES.get(info.dtype, mx.int8), mx.floating):
+        if not mx.issubdtype(READ_AS.get(info.dtype, mx.int8), mx.floating):
             raise UsageError(
                 f"{model} is quantized already ({key} is stored as {info.dtype}); quantize the "
                 "float model that it was made from"
@@ -227,7 +227,7 @@ def _component(
     """What becomes of a folder's tensors: few bits where ``bits_of`` names them, else 16."""
     part = Component(name=folder.name, config=load_config(folder), reader=open_component(folder))
     for key, info in part.reader.infos.items():
-        dtype = DTYPES[info.dtype]
+        dtype = READ_AS[info.dtype]
         if bits := bits_of(key, info.shape):
             part.rows.append(form.row(key, info.shape, dtype, bits))
         else:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from ..errors import SnapGenError
-from .safetensors_io import DTYPES, ITEMSIZE, read_float64, read_header
+from .safetensors_io import ITEMSIZE, check_dtypes, read_array, read_header
 from .sharded import check_shard, read_index
 from .weights import INDEX, SINGLE
 
@@ -49,21 +49,9 @@ class SafetensorsFile:
         self.files = [Path(path)]
         self._header = read_header(path)
         self.infos = {key: Info(info.dtype, info.shape) for key, info in self._header.items()}
-        self._lazy: dict[str, mx.array] = {}
 
     def read(self, key: str) -> mx.array:
-        path, info = self.files[0], self._header[key]
-        if info.dtype == "F64":
-            return read_float64(path, key, info)
-        if info.dtype not in DTYPES:
-            have = f"{key!r} has the dtype {info.dtype}, which cannot be converted"
-            raise SnapGenError(f"{path}: {have}; save it as BF16, F16 or F32")
-        with reading(path):
-            if key not in self._lazy:
-                self._lazy = mx.load(str(path))
-            a = self._lazy.pop(key)  # left there, it would stay in memory once it is read
-            mx.eval(a)
-        return a
+        return read_array(self.files[0], key, self._header[key])
 
 
 class Sharded:
@@ -89,6 +77,11 @@ class Sharded:
 
 
 def open_component(folder) -> Reader:
-    """A reader of the weights of a component's folder in a model folder."""
+    """A reader of the weights of a component's folder in a model folder.
+
+    Raises SnapGenError for damaged files and for integers in the place of weights.
+    """
     index = Path(folder) / INDEX
-    return Sharded(index) if index.is_file() else SafetensorsFile(Path(folder) / SINGLE)
+    reader = Sharded(index) if index.is_file() else SafetensorsFile(Path(folder) / SINGLE)
+    check_dtypes(reader.infos, folder)
+    return reader

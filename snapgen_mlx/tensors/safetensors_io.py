@@ -26,6 +26,10 @@ DTYPES = {
     **{"U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64},
     **{"I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64},
 }
+# What a weight may be stored as, and becomes in memory: MLX has no float64 on Metal and no fp8.
+FLOATS = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16, "F64": mx.float32}
+FLOATS |= dict.fromkeys(("F8_E4M3", "F8_E5M2"), mx.bfloat16)
+READ_AS = DTYPES | FLOATS  # the dtype of a stored tensor once it is read
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
@@ -61,6 +65,15 @@ def read_header(path) -> dict[str, TensorInfo]:
     rest of the file without gap or overlap, so that a truncated or padded file is found. Raises
     SnapGenError that names the file and what is wrong with it.
     """
+    return _read_header(path)[0]
+
+
+def header_metadata(path) -> dict[str, str]:
+    """The strings that a file's header holds beside its tensors. Raises as ``read_header``."""
+    return _read_header(path)[1]
+
+
+def _read_header(path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     bad = f"{path} is not a whole safetensors file"
     try:
         with open(path, "rb") as f:
@@ -108,15 +121,36 @@ def read_header(path) -> dict[str, TensorInfo]:
     if position != size:
         ends = f"its tensors end at byte {position}, the file at byte {size}"
         raise SnapGenError(f"{bad}: {ends}; download or save it again")
-    return infos
+    return infos, metadata
 
 
-def read_float64(path, key: str, info: TensorInfo) -> mx.array:
-    """Read a float64 tensor, which ``mx.load`` refuses, as float32."""
+def load_arrays(path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file after ``read_header``; read when they are evaluated, where
+    MLX knows the dtypes of all of them.
+
+    ``mx.load`` gives fp8 as its codes and refuses a file with float64 in it.
+    """
+    header = read_header(path)
+    if all(info.dtype in DTYPES for info in header.values()):
+        return mx.load(str(path))
+    return {key: read_array(path, key, info) for key, info in header.items()}
+
+
+def read_array(path, key: str, info: TensorInfo) -> mx.array:
+    """Read one tensor; fp8 becomes bfloat16 and float64 float32.
+
+    Raises SnapGenError for a dtype that has no array in MLX.
+    """
+    if info.dtype not in READ_AS:
+        raise SnapGenError(
+            f"{path}: {key!r} has the dtype {info.dtype}, which cannot be read here; save it as "
+            "BF16, F16 or F32"
+        )
     try:
         with open(path, "rb") as f:
             f.seek(info.start)
-            data = np.fromfile(f, dtype="<f8", count=math.prod(info.shape))
+            kind = numpy_kind(info.dtype)
+            data = np.fromfile(f, dtype=kind, count=math.prod(info.shape))
     except OSError as e:
         raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
     if data.nbytes != info.nbytes:
@@ -125,28 +159,69 @@ def read_float64(path, key: str, info: TensorInfo) -> mx.array:
 
 
 def numpy_kind(dtype: str) -> str:
-    """numpy's code for a safetensors dtype; bf16, unknown to numpy, as its bits."""
-    special = {"BF16": "<u2", "BOOL": "?"}
+    """numpy's code for a safetensors dtype; those unknown to numpy, bf16 and fp8, as their bits."""
+    special = {"BF16": "<u2", "BOOL": "?"} | dict.fromkeys(("F8_E4M3", "F8_E5M2"), "u1")
     return special.get(dtype) or f"<{dtype[0].lower()}{ITEMSIZE[dtype]}"
 
 
 def as_array(data: np.ndarray, dtype: str) -> mx.array:
-    """The MLX array of what was read as ``numpy_kind(dtype)``; float64 becomes float32."""
+    """The MLX array of what was read as ``numpy_kind(dtype)``, of ``FLOATS[dtype]`` for floats."""
     array = mx.array(data)
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
+    match dtype:
+        case "BF16":
+            return array.view(mx.bfloat16)
+        case "F8_E4M3":
+            magnitude = mx.from_fp8(array, mx.bfloat16)
+            return mx.where((array & 0x7F) == 0x7F, mx.array(mx.nan, mx.bfloat16), magnitude)
+        case "F8_E5M2":  # the upper half of a float16
+            return (array.astype(mx.uint16) << 8).view(mx.float16).astype(mx.bfloat16)
+    return array
+
+
+def check_dtypes(infos: dict, where) -> None:
+    """Raise SnapGenError unless all tensors are floats, or integers that a scale gives a meaning.
+
+    Args:
+        infos: dtypes and shapes by key.
+    """
+    for key, info in infos.items():
+        if info.dtype not in FLOATS and not _is_packed(key, info.dtype, infos):
+            raise SnapGenError(
+                f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
+                "BF16, F16 or F32"
+            )
+
+
+def _is_packed(key: str, dtype: str, infos: dict) -> bool:
+    """Whether a tensor is part of an affine or MX packing, of a palette or of a word table."""
+    layer, _, name = key.rpartition(".")
+    match dtype:
+        case "U32":
+            return f"{layer}.scales" in infos or f"{key}.palette" in infos
+        case "U8":  # MLX's mxfp4 and nvfp4
+            weight = infos.get(f"{layer}.weight")
+            return name == "scales" and weight is not None and weight.dtype == "U32"
+        case "I8":
+            return key == "table" and "scale" in infos
+    return False
 
 
 def write_tensors(
-    path, infos: dict[str, tuple[mx.Dtype, tuple]], tensors: Iterable, form: str = "mlx"
+    path,
+    infos: dict[str, tuple[mx.Dtype, tuple]],
+    tensors: Iterable,
+    form: str = "mlx",
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write ``tensors``, pairs (key, array) in the order of ``infos`` {key: (dtype, shape)}.
 
-    form: the metadata's "format", which tells libraries whose layouts these are.
+    form: the metadata's "format", which tells libraries whose layouts these are; metadata, strings
+    beside it.
 
     Only one array is held at a time. Raises SnapGenError when an array is not what ``infos``
     promised; OSError (disk full) passes through.
     """
-    header, position = {"__metadata__": {"format": form}}, 0
+    header, position = {"__metadata__": {**(metadata or {}), "format": form}}, 0
     for key, (dtype, shape) in infos.items():
         stop = position + math.prod(shape) * dtype.size
         entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
@@ -163,8 +238,8 @@ def write_tensors(
             f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
 
 
-def save_arrays(path, arrays: dict[str, mx.array], form: str = "mlx") -> None:
+def save_arrays(path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     """Write ``arrays`` to a safetensors file, whole or not at all, one in memory at a time."""
     infos = {key: (a.dtype, tuple(a.shape)) for key, a in arrays.items()}
     with atomic_write(path) as tmp:
-        write_tensors(tmp, infos, arrays.items(), form)
+        write_tensors(tmp, infos, arrays.items(), metadata=metadata)

@@ -17,7 +17,7 @@ from ..errors import SnapGenError, name_keys
 from ..files import atomic_write, write_json
 from . import palette
 from .readers import Reader
-from .safetensors_io import DTYPES, NAMES, read_header, write_tensors
+from .safetensors_io import NAMES, READ_AS, read_header, write_tensors
 from .sharded import split_shards, write_index
 
 SHARD_BYTES = 512 << 20  # an interrupted run loses at most one
@@ -147,9 +147,9 @@ def copy_rows(reader: Reader) -> list[Row]:
     """Rows of a model that is the same on both sides."""
     rows = []
     for key, info in reader.infos.items():
-        if info.dtype not in DTYPES:
+        if info.dtype not in READ_AS:
             raise SnapGenError(f"{reader.files[0]}: {key!r} has the dtype {info.dtype}, unfit here")
-        rows.append(Row(key, info.shape, key, DTYPES[info.dtype]))
+        rows.append(Row(key, info.shape, key, READ_AS[info.dtype]))
     return rows
 
 

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import SnapGenError, name_keys
 from .palette import expand
-from .safetensors_io import TensorInfo, read_header, save_arrays
+from .safetensors_io import TensorInfo, check_dtypes, load_arrays, read_header, save_arrays
 from .sharded import check_shard, read_index, split_shards, write_index
 
 STEM = "model"
@@ -40,10 +40,11 @@ def load_infos(folder) -> dict[str, TensorInfo]:
 def load_tensors(folder) -> dict[str, mx.array]:
     """All weights of a component folder, lazily read; palettes come as the floats they stand for.
 
-    Raises SnapGenError for damaged files.
+    Raises SnapGenError for damaged files and for integers in the place of weights.
     """
     files = weight_files(folder)
-    loaded = {file: mx.load(str(file)) for file in set(files.values())}
+    check_dtypes(load_infos(folder), folder)
+    loaded = {file: load_arrays(file) for file in set(files.values())}
     return expand({key: loaded[file][key] for key, file in files.items()}, folder)
 
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
-from ..tensors.readers import Info, reading
-from ..tensors.safetensors_io import ITEMSIZE, as_array, numpy_kind
+from .readers import Info, reading
+from .safetensors_io import ITEMSIZE, as_array, numpy_kind
 from .torch_file import StoredTensor, TorchZip, is_sizes, unpickle
 
 

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
-from ..tensors.readers import Info, reading
-from ..tensors.safetensors_io import ITEMSIZE, as_array, numpy_kind
+from .readers import Info, reading
+from .safetensors_io import ITEMSIZE, as_array, numpy_kind
 
 _STORAGES = {
     **{"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16"},

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ..errors import SnapGenError
-from ..tensors.readers import Reader, SafetensorsFile, Sharded
-from ..tensors.sharded import EXTENSIONS, SHARD, weight_names
 from .dcp_folder import DCPFolder
+from .readers import Reader, SafetensorsFile, Sharded
+from .sharded import EXTENSIONS, SHARD, weight_names
 from .torch_file import TorchFile
 
 
