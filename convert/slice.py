@@ -6,8 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..config import DiTConfig
+from ..digest import derived_config
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder
+from ..files import atomic_folder, write_json
 from ..layout import COMPONENTS, FEW_STEP, TOKENIZERS, few_step_lora, load_config
 from ..loading import load_dit
 from ..models.elastic import bank_index, in_bank, slice_flat
@@ -47,6 +48,7 @@ def slice_model(folder, dest, variant: str) -> dict:
         for file in folder.iterdir():
             if file.is_file() and file.name != "recipe.json":  # its layers have other names
                 shutil.copyfile(file, tmp / file.name)
+        write_json(tmp / "config.json", derived_config(folder))
         write_components(tmp, [part])
         verify(tmp, [part])
         load_dit(tmp)  # every key and shape is right

@@ -1,5 +1,6 @@
 """Checkpoint in, MLX model folder out: streamed, whole or not at all, resumable."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -188,7 +189,20 @@ def _head(path: Path, index: dict, report: dict) -> dict:
         sampling |= index["sampling"]
     keys = ("source", "revision", "quantize", "dtype", "ema", "loras", "files")
     made = {key: report[key] for key in keys if key in report}
-    return {**FORMAT, "sampling": sampling, "source": made}
+    return {**FORMAT, "sampling": sampling, "source": made, "base": _base(index, report)}
+
+
+def _base(index: dict, report: dict) -> str:
+    """What LoRAs know the weights by, in whatever form they are written."""
+    files = [
+        digest
+        for name, digest in report["files"].items()
+        if not name.endswith(".json") and (name.startswith("transformer") or "/" not in name)
+    ]
+    made = [sorted(files), report["ema"], report.get("loras")]
+    own = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+    inherited = index.get("base")
+    return inherited if isinstance(inherited, str) and not report.get("loras") else own
 
 
 def _is_complete(dest: Path, components, head: dict) -> bool:

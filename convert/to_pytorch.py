@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..digest import base_digest
 from ..errors import SnapGenError, UsageError, name_keys
 from ..files import atomic_folder, atomic_write, write_json
 from ..layout import COMPONENTS, FORMAT, TOKENIZERS, load_config, tokenizer_files
@@ -84,6 +85,7 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
     with atomic_folder(dest) as tmp:
         write_components(tmp, components.values(), "pt", progress)
         index = {"_class_name": "SnapGenPPPipeline", "sampling": sampling}
+        index["base"] = base_digest(folder)
         for name, component in components.items():
             index |= _entry(folder, name, component)
             _copy_files(folder, tmp, name)

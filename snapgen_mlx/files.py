@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -43,8 +44,12 @@ def write_json(path, d: dict) -> None:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Remove the temporary folders of ``path`` whose processes are gone."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.\w{{8}}{re.escape(UNFINISHED)}")
+    """Remove the temporary folders of ``path`` whose processes were of this machine and are gone.
+
+    On a shared disk another machine's process may have the number of none here.
+    """
+    own = rf"\.{re.escape(path.name)}\.{re.escape(_machine())}\.(\d+)\.\w{{8}}"
+    name = re.compile(own + re.escape(UNFINISHED))
     for folder in path.parent.iterdir():
         if match := name.fullmatch(folder.name):
             try:
@@ -53,6 +58,15 @@ def _remove_unfinished(path: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             except OSError:  # another user's
                 continue
+
+
+def _machine() -> str:
+    """A name of this machine, and of the container in which its processes are numbered."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")  # Linux
+    except OSError:
+        processes = ""
+    return hashlib.sha256(f"{platform.node()}{processes}".encode()).hexdigest()[:12]
 
 
 def _umask() -> int:
@@ -110,7 +124,7 @@ def atomic_folder(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(path)
-        prefix = f".{path.name}.{os.getpid()}."
+        prefix = f".{path.name}.{_machine()}.{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
     except OSError as e:

@@ -73,7 +73,7 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
     assign(dit, tensors, folder)
     for path, scale in loras:
-        add_lora(dit, load_lora(path, config, index, scale))
+        add_lora(dit, load_lora(path, config, index, scale, base=folder))
     return dit
 
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .config import DiTConfig
+from .digest import base_digest
 from .errors import SnapGenError, UsageError, name_keys
 from .layout import FEW_STEP
 from .lora_file import LoRAFile, kind_of_keys, read_tensors
@@ -29,12 +30,15 @@ class Update(NamedTuple):
     b: mx.array  # (out, r)
 
 
-def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) -> dict[str, Update]:
+def load_lora(
+    path, config: DiTConfig, index: int | None, scale: float = 1.0, base=None
+) -> dict[str, Update]:
     """Updates of a LoRA file, or of a folder of PEFT, by the path of their layer.
 
     Args: config, of the checkpoint, a supernet or a single width; index, the width to update: a
         LoRA of the supernet is cut to it as the weights are, one of its own sizes is taken as it
-        is; None for the checkpoint uncut; scale, the user's factor.
+        is; None for the checkpoint uncut; scale, the user's factor; base, the model folder, where
+        the LoRA is to be of this very model if its header tells.
     A file's alpha/r counts for each layer, 1 where it has no alpha. Raises SnapGenError for a
     damaged file, for NaN or infinity, for a LoRA that was made for another width, and unless every
     key of it fits a layer of the model.
@@ -44,6 +48,11 @@ def load_lora(path, config: DiTConfig, index: int | None, scale: float = 1.0) ->
     file = LoRAFile.read(path)
     path = file.path
     _check_width(file, config, index)
+    if base is not None and file.about.get("base") not in (None, base_digest(base)):
+        raise SnapGenError(
+            f"{path} was trained beside other weights than those of {base}; use it with the model "
+            "that it was trained on"
+        )
     updates, bad = _match(file, _shapes(config))
     if index is not None and bad:
         own, own_bad = _match(file, _shapes(config.variant(index)))

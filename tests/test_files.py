@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -171,3 +172,29 @@ def test_folder_that_appeared_meanwhile_is_kept(tmp_path):
         path.mkdir()
         (path / "x").write_text("someone else's")
     assert (path / "x").read_text() == "someone else's" and names(tmp_path) == ["out"]
+
+
+def test_unfinished_folders_of_dead_processes_here_go_and_those_of_other_machines_stay(
+    tmp_path, monkeypatch
+):
+    ask = [sys.executable, "-c", "import os; print(os.getpid())"]
+    gone = subprocess.run(ask, capture_output=True, check=True)
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    monkeypatch.setattr(os, "getpid", lambda: int(gone.stdout))
+
+    def leave():
+        """What a killed process leaves."""
+        with monkeypatch.context() as m:
+            m.setattr(shutil, "rmtree", lambda *_, **__: None)
+            with pytest.raises(KeyError), atomic_folder(tmp_path / "model"):
+                raise KeyError
+        return max(tmp_path.iterdir(), key=lambda p: p.stat().st_ctime_ns)
+
+    with monkeypatch.context() as m:
+        m.setattr("platform.node", lambda: "another-machine")
+        theirs = leave()
+    ours = leave()
+    assert ours != theirs
+    with atomic_folder(tmp_path / "model"):
+        assert theirs.is_dir() and not ours.exists()

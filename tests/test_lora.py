@@ -13,17 +13,20 @@ from safetensors.torch import save_file
 
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_dit, load_supernet
 from snapgen_mlx.lora import LoRALinear, add_lora, fuse_lora, load_lora
+from snapgen_mlx.lora_file import LoRAFile
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.tensors.weights import assign
+from snapgen_mlx.training.lora_training import about_training, lora_params, save_lora
 
-from .tiny import write_tiny_model
+from .tiny import tiny_config, write_tiny_model
 
 RANK = 2
 # Every kind of layer that slices in its own way, one text layer that does not, one bank.
@@ -320,6 +323,23 @@ def test_a_lora_made_for_one_width_is_refused_for_another(model, tmp_path):
         load_dit(model, "tiny", loras=[(path, 1.0)])
     with pytest.raises(SnapGenError, match="not for tiny, small"):
         load_lora(path, load_supernet(model)[0], None)
+
+
+def test_a_lora_knows_its_base_in_every_form(model, checkpoint, tmp_path):
+    params = lora_params(tiny_config(), RANK)
+    about = about_training(model, ["tiny", "small", "full"], ["a pip", "a pip", "a pop"])
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, params, about)
+    about = LoRAFile.read(path).about
+    assert about["captions"] == ["a pip", "a pop"] and about["widths"] == ["tiny", "small", "full"]
+    assert about["rank"] == RANK and about["alpha"] == 2 * RANK
+    slice_model(model, tmp_path / "cut", "full")
+    convert(checkpoint, tmp_path / "back")  # exported before
+    for folder in (model, tmp_path / "cut", tmp_path / "back"):
+        load_dit(folder, "full", loras=[(path, 1.0)])
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(SnapGenError, match="other weights"):
+        load_dit(other, "full", loras=[(path, 1.0)])
 
 
 def refused(model, path, *words):

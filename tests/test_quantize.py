@@ -20,7 +20,7 @@ from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.files import folder_bytes, write_json
 from snapgen_mlx.layout import FEW_STEP, load_config
 from snapgen_mlx.loading import load_dit, load_supernet
-from snapgen_mlx.lora import read_lora
+from snapgen_mlx.lora_file import read_tensors as read_lora
 from snapgen_mlx.memory import Request
 from snapgen_mlx.models.elastic import axis_groups, leading_slice, random_supernet, slice_flat
 from snapgen_mlx.pipeline import Pipeline

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import DiTConfig
+from ..digest import derived_config
 from ..errors import SnapGenError, UsageError, format_bytes
-from ..files import atomic_folder, folder_bytes
+from ..files import atomic_folder, folder_bytes, write_json
 from ..layout import COMPONENTS, TOKENIZERS, load_config
 from ..loading import load_dit_config
 from ..lora import copy_few_step_loras
@@ -289,6 +290,7 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> list[Component]:
     for file in model.iterdir():
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
+    write_json(tmp / "config.json", derived_config(model))
     copy_few_step_loras(model, tmp, partial(_short_lora, form=form))
     write_components(tmp, parts)
     return parts

@@ -18,7 +18,7 @@ from .distill import Teacher, teach
 from .encoding import encode_data
 from .kdmd import KDMDOptions, KDMDTrainer
 from .loop import LOG, RunOptions, check_batch, train
-from .lora_training import attach_lora, lora_change, lora_params, save_lora
+from .lora_training import about_training, attach_lora, lora_change, lora_params, save_lora
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
 from .report import can_plot, plot_losses
@@ -72,7 +72,7 @@ def distill_few_steps(
     if not change:
         raise nothing_changed("weight", record)
     yield {f"change/{variant}": change}
-    save_lora(output / LORA, trainer.lora)
+    save_lora(output / LORA, trainer.lora, about_training(model, [variant], ()))
     if fuse:
         config, params = load_float_supernet(model)
         index = config.variant_index(variant)

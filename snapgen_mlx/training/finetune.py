@@ -17,7 +17,7 @@ from .elastic_trainer import ElasticOptions, ElasticTrainer
 from .encoding import encode_data
 from .flow_matching import training_shift
 from .loop import RunOptions, check_batch, train
-from .lora_training import attach_lora, lora_change, lora_params, save_lora
+from .lora_training import about_training, attach_lora, lora_change, lora_params, save_lora
 from .optimizer import global_norm
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
@@ -91,7 +91,9 @@ def finetune(
             raise nothing_changed("picture", record)
         yield {f"picture_change/{name}": value for name, value in pictures.items()}
     if elastic.lora:
-        save_lora(output / LORA, weights)
+        captions = (caption for example in examples for caption in example.captions)
+        about = about_training(model, trainer.config.variants, captions)
+        save_lora(output / LORA, weights, about)
     else:
         write_model(model, output, trainer.config, weights)
 

@@ -4,11 +4,18 @@ One pair of matrices per layer serves every width: A (rank, in) and B (out, rank
 ``in`` and ``out`` as the layer's weight is (architecture section 3).
 """
 
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
+from ..digest import base_digest
 from ..lora import LoRALinear, Update
+from ..lora_file import ABOUT
 from ..models.dit import DiT
 from ..models.elastic import random_supernet
 from ..tensors.affine import float_weight
@@ -16,6 +23,7 @@ from ..tensors.safetensors_io import save_arrays
 
 SCALE = 2.0  # alpha / rank, as of the paper's rank 64 with alpha 128
 STAGES = ("down", "mid", "up")
+TRIGGERS = 20  # captions named in a file
 LAYERS = ("to_q", "to_k", "to_v", "to_out", "fc1", "fc2")
 
 
@@ -64,8 +72,12 @@ def lora_change(model: DiT) -> float:
     return mx.sqrt(sum(change) / sum(total)).item()
 
 
-def save_lora(path, params: dict[str, mx.array]) -> None:
-    """Write matrices as a file that ``lora.load_lora`` and other tools read."""
+def save_lora(path, params: dict[str, mx.array], about: dict[str, Any] | None = None) -> None:
+    """Write matrices as a file that ``lora.load_lora`` and other tools read.
+
+    Args:
+        about: what it was made for and from (``about_training``), for the header.
+    """
     names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
     tensors = {}
     for key, a in params.items():
@@ -73,4 +85,12 @@ def save_lora(path, params: dict[str, mx.array]) -> None:
         tensors[f"{layer}.{names[part]}"] = a
         if part == "lora_a":
             tensors[f"{layer}.alpha"] = mx.array(SCALE * len(a))
-    save_arrays(path, tensors)
+    rank = min(len(a) for key, a in params.items() if key.endswith(".lora_a"))
+    about = {**(about or {}), "rank": rank, "alpha": SCALE * rank}
+    save_arrays(path, tensors, {ABOUT: json.dumps(about)})
+
+
+def about_training(model: Path, widths: list[str], captions: Iterable[str]) -> dict[str, Any]:
+    """What a LoRA's header says: the base's digest, the widths, the first captions."""
+    captions = list(dict.fromkeys(captions))[:TRIGGERS]
+    return {"base": base_digest(model), "widths": widths, "captions": captions}

@@ -47,7 +47,7 @@ def write_model(
         raise SnapGenError(f"cannot write {output}: {e.strerror or e}") from e
     save_tensors(output / "transformer", weights)
     write_json(output / "transformer" / "config.json", config.to_dict())
-    head = load_config(model)
+    head = {k: v for k, v in load_config(model).items() if k != "base"}  # other weights now
     write_json(
         output / "config.json", head | {"sampling": head.get("sampling", {}) | (sampling or {})}
     )
