@@ -13,6 +13,7 @@ from PIL import Image
 from . import __version__
 from .editing import Edit
 from .errors import SnapGenError, UsageError
+from .finite import check_finite
 from .hub import resolve_model
 from .layout import few_step_lora, load_config, picture_size
 from .loading import load_dit, load_dit_config, load_vae
@@ -114,6 +115,8 @@ class Pipeline:
     def encode(self, texts: list[str]) -> tuple[dict, dict]:
         """States and masks of texts by encoder name, as ``DiT`` takes them."""
         encoded = {encoder.name: encoder.encode(texts) for encoder in self.encoders}
+        for encoder in self.encoders:
+            check_finite(encoded[encoder.name][:1], f"the text encoder {encoder.name}", encoder)
         text, masks = ({k: pair[i] for k, pair in encoded.items()} for i in (0, 1))
         if encoded:
             known = mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1).tolist()
@@ -203,6 +206,7 @@ class Pipeline:
             steps = denoise(self.dit, start, text, masks, sigmas, s.guidance, negative, put_back)
             for step in steps:
                 mx.eval(step.x, step.x0)
+                check_finite([step.x], f"step {step.index + 1} of the transformer", self.dit)
                 yield step
 
         return evaluated()
@@ -218,7 +222,9 @@ class Pipeline:
         """Picture of a normalised latent (1, h, w, C)."""
         if self.low_ram:
             self.free("encoders", "dit")
+        check_finite([latents], "the latent")
         image = self.vae.decode(latents, decoding_tile(self.low_ram))
+        check_finite([image], "the autoencoder's picture", self.vae)
         image = mx.round((image[0].astype(mx.float32) + 1) * 127.5).astype(mx.uint8)
         return Image.fromarray(np.array(image))
 

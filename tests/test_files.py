@@ -179,8 +179,6 @@ def test_unfinished_folders_of_dead_processes_here_go_and_those_of_other_machine
 ):
     ask = [sys.executable, "-c", "import os; print(os.getpid())"]
     gone = subprocess.run(ask, capture_output=True, check=True)
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
     monkeypatch.setattr(os, "getpid", lambda: int(gone.stdout))
 
     def leave():
