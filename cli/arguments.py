@@ -88,8 +88,11 @@ def check_output(output, resume: bool) -> None:
 def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) -> list:
     """Examples of a folder; bad ones are an error, or left out and named on standard error."""
     from snapgen_mlx.errors import SnapGenError, name_first
+    from snapgen_mlx.training.picture_list import left_out
     from snapgen_mlx.training.pictures import read_folder, scan_folder
 
+    if Path(folder).is_dir() and (lines := left_out(folder)):
+        echo(f"{folder}: left out pictures: {'; '.join(lines)}", err=True)
     if not skip_bad:
         return read_folder(folder, caption)
     examples, bad = scan_folder(folder, caption)

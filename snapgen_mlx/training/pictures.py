@@ -1,18 +1,16 @@
 """A folder of pictures with captions: found, checked, and read as RGB."""
 
-import csv
 import hashlib
 import io
-import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import SnapGenError
+from .picture_list import METADATA, find_file, rows
 
 try:
     import pillow_heif
@@ -21,11 +19,10 @@ except ImportError:
 else:
     pillow_heif.register_heif_opener()
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-PICTURES |= {".heic", ".heif"}
+SRGB = ImageCms.createProfile("sRGB")
 HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what such a file has after four bytes
-METADATA = ("metadata.jsonl", "metadata.csv")
-LITTER = {".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini"}
+# Of a PNG's text and colour profile: workflows of several MB are common.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
 
 @dataclass
@@ -40,20 +37,19 @@ class Example:
 def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
     """Examples of a folder of pictures, and a line for each picture that cannot be used.
 
-    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text`` (or
-    ``caption``), and in the former optionally ``captions``, a list of phrasings; ``concept`` names
-    what is shown, else the first caption does. Without either file, each picture directly in the
-    folder has its caption in a ``.txt`` of its name. ``caption`` is given to pictures that have
-    none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every picture
-    is decoded once.
+    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` (or ``image``) and
+    ``text`` (or ``caption``, ``prompt``), and in the former optionally ``captions``, a list of
+    phrasings; ``concept`` names what is shown, else the first caption does. Without either file,
+    each picture directly in the folder has its caption in a ``.txt`` or ``.caption`` of its name;
+    ``picture_list.left_out`` says which are passed over. ``caption`` is given to those
+    that have none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every
+    picture is decoded once.
     Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
     examples, bad = [], []
     try:
-        for place, row in _rows(folder):
-            if _is_litter(row):
-                continue
+        for place, row in rows(folder):
             try:
                 example = _example(folder, row, caption)
                 place = row["file_name"]
@@ -61,7 +57,7 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
                 examples.append(example)
             except Exception as e:  # decoders raise almost anything on damaged files
                 bad.append(f"{place} ({_reason(e)})")
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except OSError as e:
         raise SnapGenError(f"cannot read the data in {folder}: {_reason(e)}") from e
     if not examples and not bad:
         for name in METADATA:
@@ -92,52 +88,6 @@ def shorten(items: list[str], most: int = 10) -> str:
     return ", ".join(items[:most]) + more
 
 
-def _rows(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
-    """(place, row) of each picture; a row has file_name, text and perhaps captions, or is what
-    made it unreadable."""
-    jsonl, table = (folder / name for name in METADATA)
-    if (path := jsonl).is_file():
-        # Not splitlines: JSON strings may hold U+2028 and the like.
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if not isinstance(row, dict):
-                    row = ValueError("not a JSON object")
-                yield f"{path.name}:{number}", row
-    elif (path := table).is_file():
-        rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
-        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-        if "file_name" not in rows.fieldnames:
-            found = ", ".join(map(repr, rows.fieldnames)) or "none"
-            raise SnapGenError(f"{path} has no column file_name, separated by commas, but {found}")
-        for row in rows:
-            yield f"{path.name}:{rows.line_num}", row
-    else:
-        # Hidden files: a Mac leaves ._NAME.jpg beside NAME.jpg on other systems' disks.
-        files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-        texts = {f.stem: f for f in files if f.suffix.lower() == ".txt" and f.is_file()}
-        for file in files:
-            if file.suffix.lower() in PICTURES:
-                try:
-                    text = texts[file.stem].read_text(encoding="utf-8-sig")
-                except KeyError:
-                    text = ""
-                except UnicodeDecodeError:
-                    yield file.name, ValueError(f"{texts[file.stem].name} is not UTF-8")
-                    continue
-                yield file.name, {"file_name": file.name, "text": " ".join(text.split())}
-
-
-def _is_litter(row) -> bool:
-    """Whether the row names what systems leave in folders, which lists made by scripts hold."""
-    name = row.get("file_name") if isinstance(row, dict) else None
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    return any(part in LITTER or part.startswith("._") for part in parts)
-
-
 def _example(folder: Path, row, caption: str | None) -> Example:
     """Raises ValueError for a row that is no example."""
     if isinstance(row, ValueError):
@@ -148,7 +98,7 @@ def _example(folder: Path, row, caption: str | None) -> Example:
     # Not by resolved paths: downloaded data sets are folders of links.
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{name} is outside the folder")
-    text = row.get("text") or row.get("caption")
+    text = row.get("text")
     if isinstance(text, str) and not text.strip():
         text = None
     captions = row.get("captions") or [text or caption]
@@ -156,7 +106,9 @@ def _example(folder: Path, row, caption: str | None) -> Example:
         raise ValueError("no caption")
     if not isinstance(captions, list) or not all(map(_is_text, captions)):
         raise ValueError("its captions are no texts")
-    return Example(folder / name, captions, concept=str(row.get("concept") or captions[0]))
+    return Example(
+        find_file(folder, name), captions, concept=str(row.get("concept") or captions[0])
+    )
 
 
 def _is_text(caption) -> bool:
@@ -197,17 +149,38 @@ def _reason(e: Exception) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: turned as EXIF says, 16 bits scaled, transparency on white."""
+    """8-bit sRGB of any mode: turned as EXIF says, 16 bits scaled, colours as the profile in the
+    file says, transparency on white."""
+    profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
         levels = np.clip(np.asarray(image) / 257, 0, 255).round()
         image = Image.fromarray(levels.astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels are not read; save it with 8 or 16 bits")
+    if profile:
+        image = _to_srgb(image, profile)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The picture in sRGB; as it is when its profile is damaged or of other channels."""
+    transparent = image.has_transparency_data
+    if image.mode in ("P", "PA") or (transparent and image.mode != "RGBA"):
+        image = image.convert("RGBA" if transparent else "RGB")
+    alpha = image.getchannel("A") if transparent else None
+    colours = image.convert("RGB") if transparent else image
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        out = ImageCms.profileToProfile(colours, theirs, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    if alpha:
+        out.putalpha(alpha)
+    return out
 
 
 def load_image(path, size: tuple[int, int], mirror: bool = False) -> np.ndarray:
