@@ -19,7 +19,7 @@ SLOW := OpenBLAS not found: "apt-get install libopenblas0" makes this about 30 t
 endif
 endif
 
-.PHONY: demo test embedded stickers speed
+.PHONY: demo test types embedded stickers speed
 
 demo: .venv/.installed speed
 	@rm -f demo.png
@@ -29,6 +29,12 @@ test: .venv/.installed-test speed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(RUN) $(BIN)/python -m pytest
+
+# The type checker reads files, and finds the packages where an installation has them.
+types: .venv/.installed-test
+	@mkdir -p build/linked
+	@$(BIN)/python -m tests.linked_tree build/linked
+	cd build/linked && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml
 
 speed:
 	@$(if $(SLOW),echo '$(SLOW)',:)

@@ -70,6 +70,92 @@ def training_options(command):
     return command
 
 
+def learning_rate_option(**how):
+    return click.option("--learning-rate", type=Number(0, min_open=True), **how)
+
+
+def rank_option(text: str):
+    """--lora, a rank to train."""
+    return click.option("--lora", type=click.IntRange(1, 1024), help=text)
+
+
+def warmup_option(least: int, default: int):
+    return click.option(
+        "--warmup", type=click.IntRange(least), default=default, show_default=True, help="Steps."
+    )
+
+
+def sample_every_option(least: int, text: str = ""):
+    return click.option(
+        "--sample-every",
+        type=click.IntRange(least),
+        default=500,
+        show_default=True,
+        help=f"Steps from one grid of sample pictures to the next{text}.",
+    )
+
+
+def validation_option(text: str):
+    return click.option("--validation", type=click.Path(file_okay=False), help=text)
+
+
+def subnets_option(text: str):
+    return click.option(
+        "--subnets",
+        type=click.Choice(["one", "all"]),
+        default="one",
+        show_default=True,
+        help=text,
+    )
+
+
+def lora_files_option(text: str):
+    """--lora, files to use: pairs (path, scale)."""
+    return click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="PATH[:SCALE]",
+        callback=_lora_files,
+        help=f"{text}; may be given several times.",
+    )
+
+
+def _lora_files(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
+    """PATH[:SCALE] -> (path, scale)."""
+    pairs = []
+    for value in values:
+        path, _, scale = value.rpartition(":")
+        try:
+            pair = (path, float(scale)) if path else (value, 1.0)
+        except ValueError:
+            pair = value, 1.0  # the colon belongs to the path
+        if not math.isfinite(pair[1]):
+            raise click.BadParameter(f"{scale} is no scale", ctx, param)
+        pairs.append(pair)
+    return pairs
+
+
+class Bar:
+    """A progress bar that appears with the first progress."""
+
+    def __init__(self, **look):
+        self._look, self._bar = look, None
+
+    def update(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, leave=False, disable=None, **self._look)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
 def speaker():
     """``click.echo`` on the first of a training's processes, silence on the others."""
     import mlx.core as mx

@@ -2,7 +2,7 @@
 
 import click
 
-from .generate import lora_option
+from .arguments import Bar, lora_files_option
 
 
 @click.command()
@@ -20,14 +20,7 @@ from .generate import lora_option
 @click.option(
     "--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a single file."
 )
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="PATH[:SCALE]",
-    callback=lora_option,
-    help="Fuse a LoRA into the transformer; may be given several times.",
-)
+@lora_files_option("Fuse a LoRA into the transformer")
 @click.option("--dry-run", is_flag=True, help="Only print what would be written.")
 @click.option(
     "--report", type=click.Path(dir_okay=False), help="Write a JSON table of all tensors."
@@ -56,7 +49,7 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, d
             config=config,
             loras=loras,
             dry_run=dry_run,
-            progress=_progress(),
+            progress=Bar(unit="B", unit_scale=True).update,
         )
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)
@@ -74,22 +67,9 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, d
     click.echo(done[result["status"]])
 
 
-def _progress():
-    from tqdm import tqdm
-
-    bars = []  # made when there is something to show
-
-    def update(done, total):
-        if not bars:
-            bars.append(tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None))
-        bars[0].update(done - bars[0].n)
-        if done == total:
-            bars[0].close()
-
-    return update
-
-
 def _print_component(name, part, written):
+    from snapgen_mlx.errors import name_first
+
     line = f"{name}: {part['parameters'] / 1e6:.1f} M parameters, {part['bytes'] / 1e6:.1f} MB"
     if written:
         layers = ", ".join(f"{n} in {kind}" for kind, n in written["layers"].items())
@@ -97,9 +77,8 @@ def _print_component(name, part, written):
     click.echo(line)
     for prefix, count in part["prefixes"].items():
         click.echo(f"  took the prefix {prefix!r} off {count} keys")
-    reasons = {}
+    reasons: dict[str, list[str]] = {}
     for row in part["dropped"]:
         reasons.setdefault(row["action"], []).append(row["source"])
     for reason, keys in reasons.items():
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        click.echo(f"  {reason}: {keys[0]}{more}")
+        click.echo(f"  {reason}: {name_first(keys, 1)}")

@@ -8,13 +8,19 @@ from .arguments import (
     check_output,
     data_options,
     explain_option,
+    learning_rate_option,
     model_argument,
     output_option,
+    rank_option,
     read_pictures,
+    sample_every_option,
     speaker,
+    subnets_option,
     training_options,
+    validation_option,
+    warmup_option,
 )
-from .finetune import explanation, follow
+from .training_run import explanation, follow
 
 OF_KD = ("validation", "subnets")
 OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
@@ -34,32 +40,12 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 @click.option("--teacher", help="Model folder or Hub id; its full width teaches  [default: MODEL].")
 @data_options
 @training_options
-@click.option(
-    "--learning-rate",
-    type=Number(0, min_open=True),
-    help="[default: 1e-4 for kd, 5e-5 for kdmd]",
-)
-@click.option(
-    "--lora",
-    type=click.IntRange(1, 1024),
-    help="Train LoRAs of this rank  [default: 64 for kdmd; kd trains all weights].",
-)
-@click.option("--warmup", type=click.IntRange(0), default=20, show_default=True, help="Steps.")
-@click.option(
-    "--sample-every",
-    type=click.IntRange(1),
-    default=500,
-    show_default=True,
-    help="Steps from one grid of sample pictures to the next.",
-)
-@click.option("--validation", type=click.Path(file_okay=False), help="kd: held-out pictures.")
-@click.option(
-    "--subnets",
-    type=click.Choice(["one", "all"]),
-    default="one",
-    show_default=True,
-    help="kd: narrower widths trained in a step beside the full one.",
-)
+@learning_rate_option(help="[default: 1e-4 for kd, 5e-5 for kdmd]")
+@rank_option("Train LoRAs of this rank  [default: 64 for kdmd; kd trains all weights].")
+@warmup_option(0, 20)
+@sample_every_option(1)
+@validation_option("kd: held-out pictures.")
+@subnets_option("kd: narrower widths trained in a step beside the full one.")
 @click.option("--variant", help="kdmd: the width to distil  [default: the widest].")
 @click.option(
     "--few-step-lora",

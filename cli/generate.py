@@ -1,12 +1,13 @@
 """``snapgen-mlx generate``: pictures from words."""
 
-import math
 import re
 import sys
 import time
 from pathlib import Path
 
 import click
+
+from .arguments import lora_files_option
 
 ENCODED_AT_ONCE = 64  # pictures; a heavy text encoder is loaded once for them
 
@@ -16,21 +17,6 @@ def output_path(pattern: str, prompt: str, seed: int) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "picture"
     path = Path(pattern.replace("{prompt}", name).replace("{seed}", str(seed)))
     return path if path.suffix.lower() == ".png" else path.with_name(path.name + ".png")
-
-
-def lora_option(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
-    """PATH[:SCALE] -> (path, scale)."""
-    pairs = []
-    for value in values:
-        path, _, scale = value.rpartition(":")
-        try:
-            pair = (path, float(scale)) if path else (value, 1.0)
-        except ValueError:
-            pair = value, 1.0  # the colon belongs to the path
-        if not math.isfinite(pair[1]):
-            raise click.BadParameter(f"{scale} is no scale", ctx, param)
-        pairs.append(pair)
-    return pairs
 
 
 @click.command()
@@ -53,14 +39,7 @@ def lora_option(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
 @click.option("--grid", type=click.Path(), help="Also a sheet of all, prompts by seeds (PNG).")
 @click.option("-o", "--output", default="{prompt}-{seed}.png", show_default=True)
 @click.option("--from-metadata", "source", type=click.Path(), help="Repeat a PNG made before.")
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="PATH[:SCALE]",
-    callback=lora_option,
-    help="A LoRA of the transformer (safetensors); may be given several times.",
-)
+@lora_files_option("A LoRA of the transformer (safetensors)")
 @click.option("--base", is_flag=True, help="With the base's many steps, where few are the default.")
 @click.option("--text-encoder", help="Another Gemma 3: a folder or Hub id, quantized or not.")
 @click.option("--low-ram", is_flag=True, help="Hold one part of the model at a time; slower.")
@@ -207,5 +186,6 @@ def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
     name = memory.config.variants[-1] if variant in (None, "auto") else variant
     few_steps = not base and few_step_lora(folder, name) is not None
     s = Settings.from_config(load_config(folder), "any", few_steps, **sizes)
+    s.check_size(memory.pixel_multiple)
     request = Request(s.width, s.height, s.guidance != 1, low_ram)
     return memory_table(memory, request, variant)

@@ -14,6 +14,7 @@ def info(model):
     MODEL is a folder, a Hub id, or nothing for the embedded model.
     """
     from snapgen_mlx.errors import format_bytes
+    from snapgen_mlx.files import folder_bytes
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.layout import load_config
     from snapgen_mlx.loading import load_vae
@@ -26,9 +27,8 @@ def info(model):
     s = Settings.from_config(config, "any")
     vae, encoders = load_vae(folder), load_text_encoders(folder)
     memory = ModelMemory(folder, vae, encoders)
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     rows = [
-        ("model", f"{folder}, {format_bytes(size)} on disk"),
+        ("model", f"{folder}, {format_bytes(folder_bytes(folder))} on disk"),
         ("source", _source(config.get("source"))),
         (
             "sampling",

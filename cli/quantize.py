@@ -6,7 +6,8 @@ import re
 import click
 from click.core import ParameterSource
 
-from .finetune import Stop, awake
+from .arguments import Bar
+from .training_run import Stop, awake
 
 
 def size_option(ctx, param, value: str | None) -> int | None:
@@ -67,8 +68,6 @@ def quantize(
     for name in ("method", "plot", "sensitivity"):
         if recipe and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"with --recipe nothing is measured: leave --{name} out")
-    from tqdm import tqdm
-
     from snapgen_mlx.errors import format_bytes
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.prompts import read_prompts
@@ -76,18 +75,10 @@ def quantize(
     from snapgen_mlx.quantization.quantize import quantize as run
 
     folder = resolve_model(model)
-    bars = []  # made when there is something to show
-
-    def progress(done, total):
-        if not bars:
-            bars.append(
-                tqdm(total=total, initial=done - 1, unit="layer", leave=False, disable=None)
-            )
-        bars[0].update(done - bars[0].n)
+    bar = Bar(unit="layer")
 
     def follow(record):
-        for bar in bars:
-            bar.close()
+        bar.close()
         if "step" in record:
             losses = [f"{k.split('/')[1]} {v:.2e}" for k, v in record.items() if k[:4] == "out/"]
             click.echo(f"tuning step {record['step']}/{tune}  {' '.join(losses)}")
@@ -106,7 +97,7 @@ def quantize(
                 prompts=read_prompts(prompts) if prompts else PROMPTS,
                 sensitivity=sensitivity,
                 plot=plot,
-                progress=progress,
+                progress=bar.update,
                 tuning=tune or 0,
                 follow=follow,
             )
@@ -114,8 +105,7 @@ def quantize(
             click.echo("interrupted; the same command goes on from what is done", err=True)
             context.exit(128 + stop.signal)
         finally:
-            for bar in bars:
-                bar.close()
+            bar.close()
     layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())
     click.echo(f"recipe: {report['bits']:.2f} bits of average ({layers} bits)")
     for name, part in report["parts"].items():

@@ -685,13 +685,13 @@ def test_a_collapse_is_caught(tmp_path):
 )
 def test_what_counts_as_failed(monitor, value, what):
     sound = dict.fromkeys(("std", "colour", "spread", "error"), 1.0)
-    watch.check(sound, sound)
+    watch.check_monitors(sound, sound)
     bad = sound | {monitor: value}
     with pytest.raises(SnapGenError, match=f"the pictures {what}"):
-        watch.check(bad, sound)
-    watch.check(bad, bad)  # as the run began
+        watch.check_monitors(bad, sound)
+    watch.check_monitors(bad, bad)  # as the run began
     with pytest.raises(SnapGenError, match="the pictures "):
-        watch.check(sound | {monitor: float("nan")}, sound)
+        watch.check_monitors(sound | {monitor: float("nan")}, sound)
 
 
 def test_a_run_may_begin_beyond_the_limits(tmp_path):

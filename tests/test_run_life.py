@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from snapgen_mlx import load_dit
-from snapgen_mlx.cli.finetune import duration
 from snapgen_mlx.cli.main import main
+from snapgen_mlx.cli.training_run import duration
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.tensors.weights import load_tensors, save_tensors

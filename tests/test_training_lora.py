@@ -238,11 +238,6 @@ def test_other_weights_below_a_lora_are_refused(material, tmp_path):
     assert result.exit_code == 1 and "lora 2, not 4" in result.stderr
 
 
-def test_full_or_lora(material, tmp_path):
-    result = finetune(material / "model", material / "data", "-o", tmp_path, "--full", "--lora", 2)
-    assert result.exit_code == 2 and "exclude" in result.stderr
-
-
 def test_resume_wants_a_run(material, tmp_path):
     args = (material / "model", material / "data", "-o", tmp_path / "out", "--lora", 2)
     result = finetune("--resume", *args)

@@ -16,8 +16,8 @@ from snapgen_mlx.quantization.recipe import uniform
 from snapgen_mlx.quantization.tuning import (
     TuningOptions,
     TuningTrainer,
-    fitting,
     is_tuned,
+    options_that_fit,
     tune,
 )
 from snapgen_mlx.tensors.weights import load_infos, load_tensors
@@ -136,7 +136,7 @@ def test_a_batch_is_cut_where_memory_asks_for_it(model, monkeypatch):
         for module in (tuning, training_memory):
             monkeypatch.setattr(module, "usable_memory", lambda n=usable: n)
         try:
-            o = fitting(model, model, params, TuningOptions(), 16)
+            o = options_that_fit(model, model, params, TuningOptions(), 16)
         except UsageError as e:
             assert "no setting of this model fits" in str(e)
             break

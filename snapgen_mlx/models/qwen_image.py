@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..config import ConfigMixin
 from ..errors import SnapGenError
 from .attention import EPS, apply_rope, sdpa
 from .dit import FREQUENCIES, gelu_tanh, modulate
@@ -26,7 +27,7 @@ UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_l
 
 
 @dataclass
-class QwenImageConfig:
+class QwenImageConfig(ConfigMixin):
     """The keys of diffusers' ``QwenImageTransformer2DModel``; sizes are Qwen-Image's own."""
 
     patch_size: int = 2
@@ -57,8 +58,7 @@ class QwenImageConfig:
         for key in UNSUPPORTED:
             if d.get(key):
                 raise SnapGenError(f"Qwen-Image config: {key} = {d[key]!r} is not supported")
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in d.items() if k in names})
+        return super().from_dict(d)
 
     @property
     def hidden_size(self) -> int:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import ConfigMixin
 from .sizes import encoding_bytes, weight_bytes
 from .static_text import positions, word_states
 from .word_tokens import WordTokens
 
 
 @dataclass
-class WordTransformerConfig:
+class WordTransformerConfig(ConfigMixin):
     """config.json of the encoder; ``word_dim`` is the table's, ``dim`` that of the states."""
 
     vocab_size: int
@@ -25,10 +26,6 @@ class WordTransformerConfig:
     def __post_init__(self):
         if self.dim % self.heads:
             raise ValueError(f"{self.heads} heads do not divide {self.dim} channels")
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "WordTransformerConfig":
-        return cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
 
 
 class Layer(nn.Module):

@@ -40,8 +40,8 @@ from .recipe import (
     quantizable,
     uniform,
 )
-from .sensitivity import cutter, has, measure, own_path
-from .tuning import TuningOptions, forget, tune
+from .sensitivity import cutter, measure, own_path, width_has
+from .tuning import TuningOptions, remove_run, tune
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
@@ -141,7 +141,7 @@ def quantize(
             raise SnapGenError(f"{dest} came out at {format_bytes(report['bytes'])}, above --size")
         report |= _compare(model, tmp, Calibration.from_model(model, prompts, seed=CHECKED))
     if tuning:
-        forget(run)
+        remove_run(run)
     return report
 
 
@@ -178,7 +178,7 @@ def load_rounded(model: Path, layers: dict[str, int], form: Backend) -> Iterator
         tensors = load_tensors(model / "transformer")
         modules = dict(pipe.dit.named_modules())
         for layer, bits in layers.items():
-            if has(layer, index):
+            if width_has(layer, index):
                 change = form.rounding(tensors.pop(f"{layer}.weight"), bits)
                 change = cutter(layer, pipe.dit_config.widths[index])(change)
                 module = modules[own_path(layer)]

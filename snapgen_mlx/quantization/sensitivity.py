@@ -5,21 +5,22 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from ..errors import SnapGenError
 from ..files import file_sha256, read_json, write_json
 from ..loading import load_supernet
 from ..models.elastic import axis_groups, bank_index, in_bank, leading_slice
 from ..pipeline import Pipeline
+from ..tensors.palette import BITS
 from ..tensors.weights import load_tensors, weight_files
 from .backends import Backend
 from .calibration import Calibration, load_widths
-from .recipe import BITS, quantizable
+from .recipe import quantizable
 
 ROWS = 512  # of a layer's inputs, over all prompts and steps
 EFFECT_PROMPTS = 4
@@ -57,10 +58,10 @@ def measure(
 
     def lacking(layer: str, index: int) -> bool:
         there = done.get(layer, {}).get(config.variants[index], {})
-        return layer not in unused and has(layer, index) and bool(wanted - there.keys())
+        return layer not in unused and width_has(layer, index) and bool(wanted - there.keys())
 
     todo = {i: [k for k in layers if lacking(k, i)] for i in range(len(config.widths))}
-    total = sum(has(k, i) for k in layers if k not in unused for i in todo)
+    total = sum(width_has(k, i) for k in layers if k not in unused for i in todo)
     ready = total - sum(map(len, todo.values()))
     try:
         for index, variant in enumerate(config.variants):
@@ -82,7 +83,7 @@ def measure(
     return done
 
 
-def has(layer: str, index: int) -> bool:
+def width_has(layer: str, index: int) -> bool:
     """Whether the width of this index has the layer."""
     return bank_index(layer) in (None, index)
 
@@ -124,27 +125,45 @@ def cutter(layer: str, width: float) -> Callable[[mx.array], mx.array]:
     return partial(leading_slice, groups=axis_groups(f"{layer}.weight"), width=width, path=layer)
 
 
+class Catcher(nn.Module):
+    """Stands in for a Linear layer and keeps a random ``share`` of the rows of each input."""
+
+    def __init__(self, layer: nn.Linear, share: int, rng: np.random.Generator):
+        super().__init__()
+        self.layer = layer
+        self._rows: list[mx.array] = []  # "_": no parameters of the model
+        self._share, self._rng = share, rng
+
+    @property
+    def rows(self) -> list[mx.array]:
+        return self._rows
+
+    @property
+    def bias(self) -> mx.array:
+        return self.layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = self._rng.permutation(len(rows))[: self._share]
+        self._rows.append(rows[mx.array(chosen)])
+        return self.layer(x)
+
+
 def layer_inputs(pipe: Pipeline, calibration: Calibration) -> dict[str, mx.array]:
     """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule,
     but for layers that none enters."""
-    paths = {id(m): path for path, m in pipe.dit.named_modules() if isinstance(m, nn.Linear)}
-    taken = {path: [] for path in paths.values()}
-    rng, original = np.random.default_rng(0), nn.Linear.__call__
-    batches = sum(1 for _ in calibration.steps(pipe))
+    layers = {path: m for path, m in pipe.dit.named_modules() if isinstance(m, nn.Linear)}
+    rng, batches = np.random.default_rng(0), sum(1 for _ in calibration.steps(pipe))
     share = max(1, ROWS // (batches * pipe.settings("any").steps))
-
-    def call(layer, x):
-        if path := paths.get(id(layer)):
-            rows = x.reshape(-1, x.shape[-1])
-            chosen = rng.permutation(len(rows))[:share]
-            taken[path].append(rows[mx.array(chosen)])
-        return original(layer, x)
-
-    with mock.patch.object(nn.Linear, "__call__", call):
+    catchers = {path: Catcher(layer, share, rng) for path, layer in layers.items()}
+    pipe.dit.update_modules(tree_unflatten(list(catchers.items())))
+    try:
         for steps in calibration.steps(pipe):
             for step in steps:
-                mx.eval(step.x, taken)
-    return {path: mx.concatenate(parts) for path, parts in taken.items() if parts}
+                mx.eval(step.x, [catcher.rows for catcher in catchers.values()])
+    finally:
+        pipe.dit.update_modules(tree_unflatten(list(layers.items())))
+    return {path: mx.concatenate(c.rows) for path, c in catchers.items() if c.rows}
 
 
 def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backend) -> dict:

@@ -107,8 +107,8 @@ def tune(
     params = {k: a for k, a in params.items() if is_tuned(k)}
     pipes = load_widths(model)
     settings = [pipe.settings("any") for pipe in pipes]
-    options = fitting(model, folder, params, options, batch)
-    data = yield from drawn(model, pipes[-1], prompts, run / "cache")
+    options = options_that_fit(model, folder, params, options, batch)
+    data = yield from draw_pictures(model, pipes[-1], prompts, run / "cache")
     trainer = TuningTrainer(
         *(config, params, options, [pipe.dit for pipe in load_widths(folder)]),
         fingerprint(model / "transformer", folder / "transformer"),
@@ -124,7 +124,7 @@ def tune(
     replace_tensors(folder / "transformer", trainer.weights.mean)
 
 
-def drawn(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
+def draw_pictures(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
     """The data set of two pictures of each of ``prompts`` by the widest of ``model``; ``pipe`` has
     its text encoders. Yields as ``finetune.draw_prior`` and ``data.cached_states``."""
     latents = yield from draw_prior(model, prompts * 2, cache)
@@ -134,7 +134,7 @@ def drawn(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
     return LatentDataset(latents, [[p] for p in prompts * 2], encoders)
 
 
-def fitting(
+def options_that_fit(
     model: Path, folder: Path, params: dict, options: TuningOptions, batch: int
 ) -> TuningOptions:
     """``options``, with a batch in parts or checkpointing where memory asks for it. Raises
@@ -150,7 +150,7 @@ def fitting(
     return fit
 
 
-def forget(run: Path) -> None:
+def remove_run(run: Path) -> None:
     """Remove the state of a tuning that is done."""
     shutil.rmtree(run / "cache", ignore_errors=True)
     for file in (*run.glob("state-*"), run / LOG):

@@ -1,7 +1,9 @@
 """safetensors files: a header that is believed only after every claim in it has been checked.
 
 ``mx.load`` trusts the header; a truncated or lying file then gives garbage or a crash. Read here
-first. The writer streams: the header is known beforehand, tensors are written one by one.
+first. The writer streams: the header is known beforehand, tensors are written one by one. The
+safetensors library does neither: its reader maps files into memory, where one that is cut short
+later ends the process, tells no positions, and its writer wants all tensors at once.
 """
 
 import json

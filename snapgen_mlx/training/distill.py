@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
 from ..errors import UsageError
@@ -22,6 +22,7 @@ from ..layout import few_step_lora, load_config
 from ..loading import load_dit
 from ..lora import LoRALinear, Update, load_lora
 from ..models.dit import DiT
+from ..models.sizes import weight_bytes
 from ..sampling import guide
 from ..text_loading import load_text_encoders
 from .checkpoint import fingerprint
@@ -63,7 +64,7 @@ class Teacher:
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return sum(a.nbytes for _, a in tree_flatten(self._models[False].parameters()))
+        return weight_bytes(self._models[False])
 
     def text_encoders(self) -> list:
         """Those that it needs beside the student's."""

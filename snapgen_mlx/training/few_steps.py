@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..loading import load_dit, load_float_supernet, load_vae
 from ..lora import fuse_lora, load_lora
 from ..models.dit import DiT
 from ..models.elastic import slice_flat
+from ..models.sizes import weight_bytes
 from ..sampling import FEW_STEPS
 from .checkpoint import fingerprint
 from .data import LatentDataset
@@ -83,11 +83,10 @@ def distill_few_steps(
 
 def few_steps_memory(model: Path, dit: DiT, teacher, rank: int) -> TrainingMemory:
     """Predicts what distilling one width of a model folder needs."""
-    frozen = sum(a.nbytes for _, a in tree_flatten(dit.parameters()))
     # The critic: its LoRA in float32, Adam's two moments and gradients.
     critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
     memory = TrainingMemory.from_model(model, teacher.nbytes + critic)
-    return replace(memory, config=dit.config, frozen=frozen)
+    return replace(memory, config=dit.config, frozen=weight_bytes(dit))
 
 
 def to_watch(data: LatentDataset) -> LatentDataset:

@@ -46,7 +46,7 @@ class Watch:
         latents, pictures = self._draw(trainer.generate, batches)
         found = self._compare(latents, pictures)
         self._write(trainer.steps.item(), pictures)
-        check(found, self._start)
+        check_monitors(found, self._start)
         return {f"val/{k}": a for k, a in found.items()}
 
     def _compare(self, z: np.ndarray, pictures: np.ndarray) -> dict[str, float]:
@@ -77,7 +77,7 @@ class Watch:
             Image.fromarray((grid * 255).round().astype(np.uint8)).save(tmp)
 
 
-def check(monitors: dict[str, float], start: dict[str, float]) -> None:
+def check_monitors(monitors: dict[str, float], start: dict[str, float]) -> None:
     """Raises SnapGenError when they say that a run, which began with ``start``, has failed."""
     m = {k: f"{a:.2g} times" for k, a in monitors.items()}
     most_std, most_colour = MOST_STD * max(1, start["std"]), MOST_COLOUR * max(1, start["colour"])
