@@ -214,6 +214,7 @@ BAD = {
     "guidance": {"prompt": "cat", "guidance": 1e9},
     "variant": {"prompt": "cat", "variant": "huge"},
     "transparent JPEG": {"prompt": "cat", "background": "transparent", "output_format": "jpeg"},
+    "transparency of a model without": {"prompt": "cat", "background": "transparent"},
     "url of a draft": {"prompt": "cat", "response_format": "url", "keep": False},
     "unknown words": {"prompt": "\u4e00"},
 }

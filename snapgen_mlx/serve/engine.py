@@ -275,6 +275,7 @@ def _describe(pipe: Pipeline) -> dict:
     return {
         "variant": pipe.variant,  # the default
         "variants": list(pipe.dit_config.variants),
+        "transparent": pipe.memory.vae.image_channels == 4,
         "words": known_words(pipe.folder),
         "settings": {name: getattr(own, name) for name in ("steps", "guidance", "width", "height")},
     }

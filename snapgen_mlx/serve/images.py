@@ -146,6 +146,9 @@ async def answer(fields: Generation, request: Request, kind: str, **more):
     engine: Engine = request.app.state.engine
     prompts = expand(fields.prompt)
     check_number(prompts, fields.n)
+    about = engine.models.get(fields.model or next(iter(engine.models)), {})
+    if fields.background == "transparent" and not about.get("transparent", True):
+        raise UsageError("this model draws on white; leave out background, or name another model")
     job = Job(
         prompts=prompts,
         emit=None,
