@@ -7,7 +7,6 @@ not trained along, `text_encoder/`, `tokenizer/`, `text_encoder_2/`, `tokenizer_
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -15,26 +14,17 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from snapgen_mlx.errors import SnapGenError, UsageError
-from snapgen_mlx.files import atomic_folder
+from snapgen_mlx.files import atomic_folder, read_json, write_json
+from snapgen_mlx.loading import load_vae_config
 from snapgen_mlx.tokenizer_files import copy_word_files
 
 from . import state as states
 from .text import TextConfig, WordTransformer
 
 PARTS = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 SAMPLING = {"steps": 28, "guidance": 4.0, "shift": 3.0}
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise SnapGenError(f"cannot read {path}: {e}") from e
 
 
 def part(state: dict, name: str) -> dict:
@@ -79,18 +69,26 @@ def export(run: Path, out: Path, parts: Path | None = None) -> None:
             write_text(state, run / "words", folder / "text_encoder")
             index["text_encoder"] = ["snapgen_mlx", "WordTransformer"]
         for name in copied:
-            shutil.copytree(parts / name, folder / name)
+            copy_model(parts / name, folder / name)
             if name in theirs:
                 index[name] = theirs[name]
             elif not name.startswith("tokenizer"):
                 kind = read_json(parts / name / "config.json")
                 index[name] = library(kind)
         if "vae" in copied:
-            index["sampling"]["size"] = state["latents"][0] * downsampling(folder / "vae")
+            index["sampling"]["size"] = state["latents"][0] * load_vae_config(folder).downsampling
         index["scheduler"] = ["diffusers", SCHEDULER]
         shift = {"_class_name": SCHEDULER, "shift": SAMPLING["shift"]}
         write_json(folder / "scheduler" / "scheduler_config.json", shift)
         write_json(folder / "model_index.json", index)
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy the files of a model; what a training left beside them stays."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix in MODEL_FILES:
+            shutil.copyfile(file, target / file.name)
 
 
 def write_text(state: dict, words: Path, folder: Path) -> None:
@@ -110,16 +108,6 @@ def library(config: dict) -> list[str]:
     if name := config.get("_class_name"):
         return ["diffusers" if name.startswith("AutoencoderKL") else "snapgen_mlx", name]
     return ["transformers", config.get("architectures", ["AutoModel"])[0]]
-
-
-def downsampling(vae: Path) -> int:
-    """Pixels per latent position of an autoencoder's folder."""
-    config = read_json(vae / "config.json")
-    if config.get("_class_name") == "SnapGenAutoencoder":
-        from snapgen_mlx.models.autoencoder import SnapGenAutoencoderConfig
-
-        return SnapGenAutoencoderConfig.from_dict(config).downsampling
-    return 8
 
 
 def main(argv=None) -> int:
