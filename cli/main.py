@@ -10,6 +10,7 @@ COMMANDS = {
     "generate": "Make pictures from words.",
     "pack": "Draw a sticker pack in the sizes that chats take.",
     "serve": "Keep a model loaded: a web page and OpenAI's image API.",
+    "doctor": "Look whether this machine is fit to draw, and say what to do.",
     "info": "Print what a model folder holds and the memory it needs.",
     "convert": "Turn a PyTorch checkpoint into an MLX model.",
     "quantize": "Write a model in few bits, more of them where they matter.",

@@ -1,0 +1,75 @@
+"""Whether a machine is fit to draw: one finding each, with what to do about it."""
+
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from .device import on_metal, usable_memory
+from .errors import SnapGenError, format_bytes
+from .pipeline import Pipeline
+from .sampling import last_step
+
+SLOW = 15  # GFLOP/s of float32: below are BLAS libraries without vector instructions
+FEW_BYTES = 2_000_000_000  # of memory or disk, below which little but the embedded model works
+
+
+@dataclass
+class Finding:
+    """What was looked at, what was found, and what to do unless all is well (None)."""
+
+    name: str
+    found: str
+    advice: str | None = None
+
+
+def matmul_speed(n: int = 1024) -> float:
+    """GFLOP/s of float32 matrix multiplication, the best of three."""
+    a = mx.random.normal((n, n))
+    mx.eval(a @ a)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / 1e9
+
+
+def examine(model=None) -> list[Finding]:
+    """Look at Python, device, speed, memory, disk, and a model (None: the embedded one), which is
+    read whole and draws one step."""
+    findings = [
+        Finding("python", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("mlx", f"{mx.__version__} on {'Metal' if on_metal() else 'the CPU'}"),
+        _speed(),
+        _room("memory", usable_memory(), "close other programs, or use --low-ram"),
+        _room("disk", shutil.disk_usage(Path.home()).free, "make room in your home folder"),
+    ]
+    return [*findings, _model(model)]
+
+
+def _speed() -> Finding:
+    speed, advice = matmul_speed(), None
+    if sys.platform == "linux" and speed < SLOW:
+        advice = "apt-get install libopenblas0, and preload it with LD_PRELOAD (see README)"
+    return Finding("speed", f"{speed:.0f} GFLOP/s, float32 matrices", advice)
+
+
+def _room(name: str, free: int, advice: str) -> Finding:
+    return Finding(name, f"{format_bytes(free)} can be used", None if free > FEW_BYTES else advice)
+
+
+def _model(model) -> Finding:
+    name = model or "embedded model"
+    try:
+        pipe = Pipeline.load(model)
+        began = time.perf_counter()
+        settings = pipe.settings("a cat", steps=1)
+        pipe.decode(last_step(pipe.stream(settings)).x)
+    except SnapGenError as e:
+        return Finding(name, "does not draw", str(e))
+    return Finding(name, f"draws: one step at {pipe.variant} {time.perf_counter() - began:.1f} s")
