@@ -36,6 +36,7 @@ def output_path(pattern: str, prompt: str, seed: int) -> Path:
 @click.option("--strength", type=float, help="How much of --image changes, 0 to 1.")
 @click.option("--vary", metavar="SEED:AMOUNT", help="Noise between two seeds, as 8:0.3.")
 @click.option("--preview", type=click.Path(), help="Folder for a picture of every step.")
+@click.option("--no-metadata", is_flag=True, help="Leave the settings out of the PNGs.")
 @click.option("--grid", type=click.Path(), help="Also a sheet of all, prompts by seeds (PNG).")
 @click.option("-o", "--output", default="{prompt}-{seed}.png", show_default=True)
 @click.option("--from-metadata", "source", type=click.Path(), help="Repeat a PNG made before.")
@@ -62,6 +63,7 @@ def generate(
     outpaint,
     preview,
     grid,
+    no_metadata,
     **given,
 ):
     """Make a picture of each of PROMPTS with each seed.
@@ -159,12 +161,13 @@ def generate(
                 bar.update()
                 if preview:
                     name = f"{path.stem}-step-{step.index + 1:02d}.png"
-                    save_png(pipe.decode(step.x0), Path(preview) / name, pipe.metadata(settings))
+                    save_png(pipe.decode(step.x0), Path(preview) / name, None)
         picture = pipe.decode(step.x)
         picture = edit.finish(picture) if edit else picture
         if grid:
             drawn.setdefault(settings.prompt, []).append(picture)
-        written = save_png(picture, path, pipe.metadata(settings) | files)
+        metadata = None if no_metadata else pipe.metadata(settings) | files
+        written = save_png(picture, path, metadata)
         click.echo(f"{written}  {time.perf_counter() - started:.1f} s")
     if grid:
         columns = [f"seed {seed}" for seed in seeds]

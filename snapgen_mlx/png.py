@@ -1,8 +1,10 @@
 """Pictures that carry the settings which reproduce them."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from PIL import Image, PngImagePlugin
 
@@ -13,8 +15,27 @@ from .settings import Settings
 METADATA_KEY = "snapgen-mlx"
 
 
-def save_png(image: Image.Image, path, metadata: dict) -> Path:
-    """Write a PNG with its settings inside, whole or not at all; never over another file.
+# What picture viewers show: macOS's Preview and Photos read this, not texts of our own.
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"
+ xmlns:xmp="http://ns.adobe.com/xap/1.0/">
+<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{}</rdf:li></rdf:Alt></dc:description>
+<xmp:CreatorTool>snapgen-mlx</xmp:CreatorTool>
+</rdf:Description></rdf:RDF></x:xmpmeta>"""
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _described(metadata: dict) -> str:
+    """XMP that says prompt and settings in words."""
+    others = ("prompt", "negative", "version")
+    rest = ", ".join(f"{k} {v}" for k, v in metadata.items() if v is not None and k not in others)
+    return XMP.format(escape(NOT_XML.sub(" ", f"{metadata['prompt']} ({rest})")))
+
+
+def save_png(image: Image.Image, path, metadata: dict | None) -> Path:
+    """Write a PNG with its settings inside (None: without), whole or not at all; never over
+    another file.
 
     Returns the path used: ``path``, or the first free ``path-2``, ``path-3``, ... beside it.
     """
@@ -24,7 +45,9 @@ def save_png(image: Image.Image, path, metadata: dict) -> Path:
         n += 1
         free = path.with_stem(f"{path.stem}-{n}")
     info = PngImagePlugin.PngInfo()
-    info.add_text(METADATA_KEY, json.dumps(metadata))
+    if metadata is not None:
+        info.add_text(METADATA_KEY, json.dumps(metadata))
+        info.add_itxt("XML:com.adobe.xmp", _described(metadata))
     with atomic_write(free) as tmp:
         image.save(tmp, format="PNG", pnginfo=info)
     return free

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -196,3 +197,14 @@ def test_pipeline_yields_steps_and_repeats_itself(model):
     np.testing.assert_allclose(steps[-1].x, steps[-1].x0, atol=1e-6)
     image = pipe.generate("a happy kitty", seed=2, steps=4, guidance=1.0)
     assert image == pipe.decode(steps[-1].x)
+
+
+def test_viewers_can_read_the_settings_unless_they_are_left_out(run, tmp_path):
+    assert run("a <cat> & dog \U0001f600", "-o", "a.png").exit_code == 0
+    with Image.open("a.png") as image:
+        xmp = ElementTree.fromstring(image.info["xmp"])
+    text = "".join(xmp.itertext())
+    assert "a <cat> & dog \U0001f600 (seed 0, steps 3" in text
+    assert run("a cat", "-o", "b.png", "--no-metadata").exit_code == 0
+    data = (tmp_path / "b.png").read_bytes()
+    assert b"snapgen" not in data and b"cat" not in data
