@@ -84,6 +84,7 @@ def generate(
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
         click.echo(_explanation(model, text_encoder, variant, base, low_ram, sizes))
         return
+    found = {}
     if source:
         found = read_metadata(source)
         needed = {"loras": loras, "text_encoder": text_encoder}
@@ -125,7 +126,7 @@ def generate(
     jobs = [
         (prompt, seed, output_path(output, prompt, seed)) for prompt in prompts for seed in seeds
     ]
-    if len({path for *_, path in jobs}) < len(jobs):
+    if len(jobs) > 1 and not re.search(r"\{prompt\}|\{seed\}", output):
         raise UsageError(f"{len(jobs)} pictures need {{prompt}} or {{seed}} in -o {output}")
 
     pipe = Pipeline.load(
@@ -140,6 +141,13 @@ def generate(
     )
     if not pipe.encoders:
         click.echo("note: this model has no text encoder; the prompt has no effect", err=True)
+    differ = [k for k, v in found.get("digests", {}).items() if pipe.digests.get(k) != v]
+    if differ:
+        raise UsageError(
+            f"{source} was drawn with another {' and another '.join(differ)} than is given here; "
+            "name its own with -m, --lora or --text-encoder, or give the prompt and --seed instead"
+        )
+    notes = {prompt: pipe.unknown_words(prompt) for prompt in prompts}
 
     def settings_of(prompt, seed):
         if edit is None:
@@ -151,6 +159,8 @@ def generate(
     for i, (settings, path) in enumerate(jobs):
         if i % ENCODED_AT_ONCE == 0:
             pipe.prepare([settings for settings, _ in jobs[i : i + ENCODED_AT_ONCE]])
+            _say_unknown(notes)
+            notes = {}
         started = time.perf_counter()
         steps = pipe.stream(settings, edit)
         total = max(1, settings.steps - settings.skipped_steps)
@@ -172,6 +182,12 @@ def generate(
     if grid:
         columns = [f"seed {seed}" for seed in seeds]
         click.echo(save_sheet(grid, list(drawn.values()), list(drawn), columns))
+
+
+def _say_unknown(notes: dict[str, list[str]]) -> None:
+    for prompt, words in notes.items():
+        if words:
+            click.echo(f"note: {prompt!r}: the model does not know: {', '.join(words)}", err=True)
 
 
 def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:

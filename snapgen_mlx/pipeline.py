@@ -11,12 +11,14 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from . import __version__
+from .digest import digest
 from .editing import Edit
 from .errors import SnapGenError, UsageError
 from .finite import check_finite
-from .hub import resolve_model
-from .layout import few_step_lora, load_config, picture_size
+from .hub import resolve, resolve_model
+from .layout import TEXT_FOLDERS, few_step_lora, load_config, picture_size
 from .loading import load_dit, load_dit_config, load_vae
+from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
 from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
@@ -264,6 +266,25 @@ class Pipeline:
         steps = self.stream(self.edit_settings(prompt, edit, **settings), edit)
         return edit.finish(self.decode(last_step(steps).x))
 
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that no encoder knows; [] where an encoder reads any text."""
+        tables = [getattr(encoder, "words", None) for encoder in self.encoders]
+        if not tables or None in tables:
+            return []
+        unknown = [table.unknown_words(text) for table in tables]
+        return [word for word in unknown[0] if all(word in words for words in unknown)]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of each thing that a picture depends on beside its settings."""
+        parts = [self.folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)]
+        found = {"model": digest(*parts, *([self.few_step] if self.few_step else []))}
+        if self.loras:
+            found["LoRA"] = digest(*(find_file(path) for path, _ in self.loras))
+        if self.text_encoder:
+            found["text encoder"] = digest(resolve(self.text_encoder))
+        return found
+
     def metadata(self, settings: Settings) -> dict:
         """What reproduces a picture, for its PNG; files by their names."""
         source = self.config.get("source", {})
@@ -275,6 +296,7 @@ class Pipeline:
             "model": source.get("name", self.folder.name),
             **({"text_encoder": encoder} if encoder else {}),
             **({"loras": _named(self.loras)} if self.loras else {}),
+            "digests": self.digests,
             "version": __version__,
         }
 

@@ -28,7 +28,7 @@ NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def _described(metadata: dict) -> str:
     """XMP that says prompt and settings in words."""
-    others = ("prompt", "negative", "version")
+    others = ("prompt", "negative", "version", "digests")
     rest = ", ".join(f"{k} {v}" for k, v in metadata.items() if v is not None and k not in others)
     return XMP.format(escape(NOT_XML.sub(" ", f"{metadata['prompt']} ({rest})")))
 
@@ -63,7 +63,9 @@ def read_metadata(path) -> dict:
             for name, field in Settings.__dataclass_fields__.items()
         }
         settings = asdict(Settings(**settings)) | {"variant": found["variant"]}
-        others = ("few_step", "text_encoder", "loras", "image", "mask", "outpaint")
+        others = ("digests", "few_step", "text_encoder", "loras", "image", "mask", "outpaint")
+        if not isinstance(found.get("digests", {}), dict):
+            raise TypeError("digests")
         return settings | {k: found[k] for k in others if k in found}
     except OSError as e:
         raise SnapGenError(f"cannot read the picture {path}: {e}") from e
