@@ -64,7 +64,7 @@ def load(address: str, clients: int, seconds: float) -> tuple[list[float], Count
     latencies, statuses, until = [], Counter(), time.monotonic() + seconds
 
     def client():
-        with httpx.Client(base_url=address, timeout=120) as http:
+        with httpx.Client(base_url=address, timeout=900) as http:  # above the server's own
             while time.monotonic() < until:
                 began = time.perf_counter()
                 body = {"prompt": "a smiling cat", "seed": random.randrange(10**6)}
