@@ -374,13 +374,12 @@ def test_full_queue_and_graceful_stop(one_place):
 
 def test_late_pictures(one_place):
     client, engine, held, drawing = one_place
-    engine.timeout = 0.1
     thread, out = in_background(client, n=2)
     assert drawing.wait(20)
-    time.sleep(0.2)
+    engine._current.deadline = 0  # passes while the first picture is drawn, on any machine
     held.set()
     thread.join()
-    assert "0.1 seconds" in failed(out["response"], 504)
+    assert "not finished within" in failed(out["response"], 504)
     assert len(engine.gallery) == 1  # the first was finished, and stays
 
 
