@@ -30,6 +30,7 @@ def output_path(pattern: str, prompt: str, seed: int) -> Path:
 @click.option("--height", type=int, help="Pixels, a multiple of 64 (default: the model's).")
 @click.option("--seed", "seeds", type=int, multiple=True, help="May be given several times.")
 @click.option("--count", type=click.IntRange(1, 10000), help="That many seeds, from --seed on.")
+@click.option("--background", help="white, transparent or #rrggbb (default: the model's).")
 @click.option("--image", type=click.Path(), help="A picture to start from.")
 @click.option("--mask", type=click.Path(), help="White where --image is to be drawn anew.")
 @click.option("--outpaint", metavar="N|L,T,R,B", help="Pixels to add around --image.")
@@ -171,8 +172,9 @@ def generate(
                 bar.update()
                 if preview:
                     name = f"{path.stem}-step-{step.index + 1:02d}.png"
-                    save_png(pipe.decode(step.x0), Path(preview) / name, None)
-        picture = pipe.decode(step.x)
+                    shown = pipe.decode(step.x0, settings.background)
+                    save_png(shown, Path(preview) / name, None)
+        picture = pipe.decode(step.x, settings.background)
         picture = edit.finish(picture) if edit else picture
         if grid:
             drawn.setdefault(settings.prompt, []).append(picture)

@@ -44,17 +44,29 @@ def to_picture(image: mx.array, background: str | None = None) -> Image.Image:
     check_background(background, image.shape[-1])
     if image.shape[-1] == 3:
         return _from_array(mx.round((image.astype(mx.float32) + 1) * 127.5))
-    image = mx.clip((image.astype(mx.float32) + 1) / 2, 0, 1)
-    alpha = image[..., 3:]
-    color = mx.minimum(image[..., :3], alpha)  # premultiplied colours are never above alpha
+    color, alpha = _premultiplied(image)
     if background in (None, TRANSPARENT):
         # PNG's colours are straight. Where alpha rounds to 0 there is no colour to know.
-        alpha = mx.round(255 * alpha)
-        straight = mx.where(alpha > 0, mx.round(255 * color / mx.maximum(image[..., 3:], 1e-6)), 0)
-        return _from_array(mx.concatenate([straight, alpha], axis=-1))
+        levels = mx.round(255 * alpha)
+        straight = mx.where(levels > 0, mx.round(255 * color / mx.maximum(alpha, 1e-6)), 0)
+        return _from_array(mx.concatenate([straight, levels], axis=-1))
     hexadecimal = "ffffff" if background == WHITE else background[1:]
     behind = mx.array(list(bytes.fromhex(hexadecimal)), mx.float32)
     return _from_array(mx.round(255 * color + (1 - alpha) * behind))
+
+
+def on_white(images: mx.array) -> mx.array:
+    """A network's pictures (..., 3 or 4) in [-1, 1] as RGB (..., 3) in [0, 1]."""
+    if images.shape[-1] == 3:
+        return mx.clip((images.astype(mx.float32) + 1) / 2, 0, 1)
+    color, alpha = _premultiplied(images)
+    return color + 1 - alpha
+
+
+def _premultiplied(images: mx.array) -> tuple[mx.array, mx.array]:
+    """Colours and alpha in [0, 1]; premultiplied colours are never above alpha."""
+    images = mx.clip((images.astype(mx.float32) + 1) / 2, 0, 1)
+    return mx.minimum(images[..., :3], images[..., 3:]), images[..., 3:]
 
 
 def _from_array(image: mx.array) -> Image.Image:

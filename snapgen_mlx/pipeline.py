@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
 from . import __version__
+from .background import check_background, to_picture
 from .digest import digest
 from .editing import Edit
 from .errors import SnapGenError, UsageError
@@ -107,6 +107,7 @@ class Pipeline:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
         s = Settings.from_config(self.config, prompt, bool(self.few_step), **given)
         s.check_size(self.memory.pixel_multiple)
+        check_background(s.background, self.memory.vae.image_channels)
         return s
 
     def latent_size(self, settings: Settings) -> tuple[int, int]:
@@ -220,23 +221,27 @@ class Pipeline:
         seed, amount = s.variation
         return blend_noise(noise, mx.random.normal(shape, key=mx.random.key(seed)), amount)
 
-    def decode(self, latents: mx.array) -> Image.Image:
-        """Picture of a normalised latent (1, h, w, C)."""
+    def decode(self, latents: mx.array, background: str | None = None) -> Image.Image:
+        """Picture of a normalised latent (1, h, w, C): RGB, or RGBA where it is transparent.
+
+        background: as of ``Settings``; None leaves a picture as transparent as it is.
+        """
         if self.low_ram:
             self.free("encoders", "dit")
         check_finite([latents], "the latent")
         image = self.vae.decode(latents, decoding_tile(self.low_ram))
         check_finite([image], "the autoencoder's picture", self.vae)
-        image = mx.round((image[0].astype(mx.float32) + 1) * 127.5).astype(mx.uint8)
-        return Image.fromarray(np.array(image))
+        return to_picture(image[0], background)
 
     def generate(self, prompt: str, **settings) -> Image.Image:
-        """Picture for a prompt. Keywords: seed, steps, guidance, shift, width, height, negative.
+        """Picture for a prompt: RGBA from a model of transparent pictures, else RGB.
 
+        Keywords: seed, steps, guidance, shift, width, height, negative, background.
         The same settings give the same picture on the same machine. Raises UsageError for
         settings that cannot be met.
         """
-        return self.decode(last_step(self.stream(self.settings(prompt, **settings))).x)
+        s = self.settings(prompt, **settings)
+        return self.decode(last_step(self.stream(s)).x, s.background)
 
     def edit(
         self,
@@ -263,8 +268,8 @@ class Pipeline:
             UsageError: settings that cannot be met.
         """
         edit = Edit(image, mask, margins)
-        steps = self.stream(self.edit_settings(prompt, edit, **settings), edit)
-        return edit.finish(self.decode(last_step(steps).x))
+        s = self.edit_settings(prompt, edit, **settings)
+        return edit.finish(self.decode(last_step(self.stream(s, edit)).x, s.background))
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of a text that no encoder knows; [] where an encoder reads any text."""

@@ -24,6 +24,7 @@ class Settings:
     height: int = 1024
     negative: str | None = None
     strength: float | None = None  # how much of a picture to start from changes, 0 to 1
+    background: str | None = None  # of a transparent picture: white, transparent or #rrggbb
     vary: str | None = None  # "SEED:AMOUNT": how far the noise is that of another seed
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..background import WHITE
 from ..config import DiTConfig
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError, format_bytes
@@ -330,7 +331,7 @@ def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
         float_pipe.free("dit")
         pipe.free("dit")
     pictures = [
-        np.stack([np.array(p.decode(z[None])) for z in theirs[1][:PICTURES]]).astype(float)
+        np.stack([np.array(p.decode(z[None], WHITE)) for z in theirs[1][:PICTURES]]).astype(float)
         for p in (pipe, float_pipe)
     ]
     result["pictures"] = psnr(*map(mx.array, pictures))

@@ -238,10 +238,10 @@ class Engine:
                 made = step.index + 1
                 preview = None
                 if made < steps and _shows(made, steps, job.previews):
-                    preview = pipe.decode(step.x0)
+                    preview = pipe.decode(step.x0, settings.background)
                 left = (time.perf_counter() - started) / made * (steps - made)
                 job.emit(Progress(number, made, steps, left, preview))
-            image = pipe.decode(step.x)
+            image = pipe.decode(step.x, settings.background)
             if job.edit is not None:
                 image = job.edit.finish(image)
             seconds = time.perf_counter() - started

@@ -101,6 +101,8 @@ def encode(image: Image.Image, fields: Generation) -> str:
     kind, quality = fields.output_format or "png", fields.output_compression
     options = {"format": kind}
     if kind == "jpeg":
+        if image.mode == "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image, options["quality"] = image.convert("RGB"), 95 if quality is None else quality
     elif kind == "webp":
         options |= {"lossless": True} if quality is None else {"quality": quality}

@@ -11,6 +11,8 @@ MAX_PICTURES = 64  # of one request: prompts times n
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 NoEffect = Annotated[str | None, Field(description="Accepted for OpenAI's clients; no effect.")]
+# The API's words for a background, and those of settings.
+BACKGROUNDS = {"auto": None, "transparent": "transparent", "opaque": "white"}
 
 
 class Generation(BaseModel):
@@ -68,6 +70,7 @@ class Generation(BaseModel):
             "guidance": self.guidance,
             "negative": self.negative,
             "vary": self.vary,
+            "background": BACKGROUNDS[self.background or "auto"],
         }
 
     def seeds(self, first: int) -> list[int]:

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..background import on_white
 from ..errors import SnapGenError
 from ..files import atomic_write
 from ..sampling import schedule
@@ -63,8 +64,8 @@ class Watch:
     def _draw(self, draw, batches: list) -> tuple[np.ndarray, np.ndarray]:
         """Latents (N, h, w, C) and pictures (N, H, W, 3) in [0, 1]."""
         latents = [draw(*batch) for batch in batches]
-        pictures = [np.array(self.vae.decode(z).astype(mx.float32)) / 2 + 0.5 for z in latents]
-        return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures).clip(0, 1)
+        pictures = [np.array(on_white(self.vae.decode(z))) for z in latents]
+        return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures)
 
     def _write(self, step: int, pictures: np.ndarray) -> None:
         if mx.distributed.init().rank():
