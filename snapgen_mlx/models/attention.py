@@ -1,37 +1,49 @@
 """Attention of SnapGen++: self-attention with GQA and 2-D RoPE, ASSA, and cross-attention."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 EPS = 1e-6
 
 
+@lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int], head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
-    """cos and sin, each (N, 1, D/2) float32, for the tokens of a (rows, columns) grid.
+    """cos and ±sin, each (N, 1, D/2, 2) float32, for the tokens of a (rows, columns) grid.
 
     The first D/2 dims of a head turn by the row, the last D/2 by the column; in each half pair j
-    has the frequency theta^(-j/(D/4)).
+    has the frequency theta^(-j/(D/4)). A pair (a, b) turns to (a, b)·cos + (b, a)·(-sin, sin).
     """
     h, w = grid
-    freqs = theta ** (-mx.arange(head_dim // 4, dtype=mx.float32) / (head_dim // 4))
-    rows = mx.broadcast_to((mx.arange(h)[:, None] * freqs)[:, None], (h, w, head_dim // 4))
-    cols = mx.broadcast_to((mx.arange(w)[:, None] * freqs)[None], (h, w, head_dim // 4))
-    angles = mx.concatenate([rows, cols], axis=-1).reshape(h * w, 1, head_dim // 2)
-    return mx.cos(angles), mx.sin(angles)
+    # On the host: an array of a graph that is being traced must not be kept.
+    quarter = np.arange(head_dim // 4, dtype=np.float32) / np.float32(head_dim // 4)
+    freqs = np.float32(theta) ** -quarter
+    rows, cols = (np.arange(n, dtype=np.float32)[:, None] * freqs for n in grid)
+    rows, cols = np.broadcast_arrays(rows[:, None], cols[None])
+    angles = np.concatenate([rows, cols], axis=-1, dtype=np.float64)
+    angles = angles.reshape(h * w, 1, head_dim // 2, 1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    pairs = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+    return tuple(mx.array(a.astype(np.float32)) for a in pairs)
 
 
 @partial(mx.compile, shapeless=True)
-def _rotate(a, b, cos, sin):
-    return a * cos - b * sin, a * sin + b * cos
+def _rotate(pairs, swapped, cos, sin):
+    return (pairs * cos + swapped * sin).astype(pairs.dtype)
 
 
 def apply_rope(x: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
     """Rotate the pairs (2j, 2j+1) of x (B, N, heads, D); computed in float32."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
-    a, b = _rotate(pairs[..., 0], pairs[..., 1], *rope)
-    return mx.stack([a, b], axis=-1).reshape(x.shape).astype(x.dtype)
+    return _rotate(pairs, pairs[..., ::-1], *rope).reshape(x.shape)
+
+
+@partial(mx.compile, shapeless=True)
+def _mix(gate, far, near):
+    alpha = mx.sigmoid(gate)
+    return alpha * far + (1 - alpha) * near
 
 
 def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = None) -> mx.array:
@@ -132,8 +144,7 @@ class SelfAttention(nn.Module):
         if self.sparse:
             far = sdpa(q, self.kv_compress.k(k, grid), self.kv_compress.v(v, grid))
             near = block_neighborhood_attention(q, k, v, self.blocks, self.radius)
-            alpha = mx.sigmoid(self.head_gate(x)).swapaxes(1, 2)[..., None]
-            out = alpha * far + (1 - alpha) * near
+            out = _mix(self.head_gate(x).swapaxes(1, 2)[..., None], far, near)
         else:
             out = sdpa(q, k, v)
         return self.to_out(out.swapaxes(1, 2).reshape(B, N, -1))

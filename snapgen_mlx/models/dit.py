@@ -81,6 +81,11 @@ def _scale_shift(x, scale, shift):
     return x * (1 + scale) + shift
 
 
+@partial(mx.compile, shapeless=True)
+def _add_gated(x, gate, branch):
+    return x + gate * branch
+
+
 def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     return _scale_shift(mx.fast.layer_norm(x, None, None, EPS), scale, shift)
 
@@ -187,9 +192,9 @@ class Block(nn.Module):
     def _forward(self, x, time: TimeCondition, keys_values, mask, rope, grid) -> mx.array:
         m = (self.scale_shift_table[0] + time.modulation)[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, i] for i in range(6))
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope, grid)
+        x = _add_gated(x, gate1, self.attn(modulate(x, shift1, scale1), rope, grid))
         x = x + self.cross(x, keys_values, mask)
-        return x + gate2 * self.ffn(modulate(x, shift2, scale2))
+        return _add_gated(x, gate2, self.ffn(modulate(x, shift2, scale2)))
 
 
 class Projection(nn.Module):

@@ -13,8 +13,8 @@ from ..errors import SnapGenError, UsageError
 from .sizes import weight_bytes
 from .tiny_decoder import upsample_nearest
 
-# Rows of the attention matrix computed at once: 64 MB of float32 scores for a 1024 x 1024 image.
-QUERY_CHUNK = 1024
+# Attention scores computed at once: 64 MB in float32.
+SCORES = 1 << 24
 
 
 @dataclass
@@ -55,7 +55,7 @@ class VAEConfig(ConfigMixin):
         return self.z_dim
 
     def decoding_bytes(self, h: int, w: int, tile: int) -> int:
-        """The middle block on the whole latent, whose score matrix is whole too, then two
+        """The middle block on the whole latent, with the scores of some rows, then two
         neighbouring parts of the up blocks on the largest tile.
 
         On Metal convolutions do not unfold their input and count half (an estimate).
@@ -73,7 +73,7 @@ class VAEConfig(ConfigMixin):
                 parts.append(area * dim * 46)
                 scale *= 2
         up = max(map(sum, pairwise(parts)))
-        middle = (h * w) ** 2 + 40 * h * w * dims[0]
+        middle = min((h * w) ** 2, SCORES) + 40 * h * w * dims[0]
         pixels = 2 * 3 * h * w * scale**2
         return int(size * (max(middle, up / 2 if on_metal() else up) + h * w * dims[0] + pixels))
 
@@ -123,13 +123,15 @@ class AttentionBlock(nn.Module):
         B, H, W, C = x.shape
         qkv = self.to_qkv(self.norm(x)).reshape(B, 1, H * W, 3 * C)
         q, k, v = mx.split(qkv, 3, axis=-1)
-        # No fused kernel takes so wide a head: in chunks, the scores stay small.
-        chunks = [
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, i : i + QUERY_CHUNK], k, v, scale=C**-0.5, mask=None
-            )
-            for i in range(0, H * W, QUERY_CHUNK)
-        ]
+        # No fused kernel takes so wide a head: the scores of a few rows at a time are held.
+        rows = max(SCORES // (B * H * W), 1)
+        chunks = []
+        for i in range(0, H * W, rows):
+            part = q[:, :, i : i + rows]
+            part = mx.fast.scaled_dot_product_attention(part, k, v, scale=C**-0.5, mask=None)
+            if rows < H * W:
+                mx.eval(part)  # left to itself, MLX would hold the scores of all of them
+            chunks.append(part)
         return x + self.proj(mx.concatenate(chunks, axis=2).reshape(B, H, W, C))
 
 

@@ -183,12 +183,15 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
         raise SnapGenError(f"cannot read {path}; start again, and it is made anew") from e
 
 
+PADDED_TO = {"clip": 77, "gemma": 64, "qwen": 64}  # multiples, tokens
+
+
 def encode_text(encoders: list, prompts: list[str]) -> tuple[dict, dict]:
-    """States and masks by encoder, padded to a multiple of 8 tokens: few shapes."""
+    """States and masks by encoder, padded to few lengths: each is traced and compiled anew."""
     text, masks = {}, {}
     for encoder in encoders:
         states, mask = encoder.encode(prompts)
-        pad = -states.shape[1] % 8
+        pad = -states.shape[1] % PADDED_TO.get(encoder.name, 8)
         text[encoder.name] = mx.pad(states, [(0, 0), (0, pad), (0, 0)])
         masks[encoder.name] = mx.pad(mask, [(0, 0), (0, pad)])
     return text, masks

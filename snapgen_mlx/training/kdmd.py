@@ -121,6 +121,8 @@ class KDMDTrainer:
         # A compiled graph runs in its own order, which forgoes what checkpointing saves.
         compiled = (lambda f: f) if o.checkpoint else mx.compile
         self._jump = mx.compile(self._jump_fn)
+        self._scores = mx.compile(self._scores_fn)
+        self._targets = mx.compile(self._targets_fn)
         self._student_grads = compiled(self._student_grads_fn)
         self._critic_grads = compiled(self._critic_grads_fn)
 
@@ -135,36 +137,43 @@ class KDMDTrainer:
         v = self.bind(params)(x, t, text, masks).astype(mx.float32)
         return x + (to - t)[:, None, None, None] * v
 
-    def _student_grads_fn(self, student, critic, x_t, t, noise, text, masks):
-        """Losses, monitors, the x0 predicted (B, H, W, C), and gradients."""
-        o, shape = self.options, (-1, 1, 1, 1)
+    def _scores_fn(self, critic, y, noise, text, masks):
+        """What critic and guided teacher predict, c0 and r0, from a noised y (B, H, W, C)."""
+        tau = noise["tau"]
+        x_tau, _ = add_noise(y, noise["eps"], tau)
+        velocities = (
+            self.bind(critic)(x_tau, tau, text, masks).astype(mx.float32),
+            self.teacher.velocity(x_tau, tau, text, masks, self.options.guidance),
+        )
+        c0, r0 = (x_tau - tau[:, None, None, None] * v for v in velocities)
+        return {"c0": c0, "r0": r0}
+
+    def _targets_fn(self, x_t, t, text, masks):
+        """The velocities and tokens that hold the student on course."""
+        few = self.teacher.is_few_step
+        guidance = 1.0 if few else self.options.guidance
+        v, tokens = self.teacher.outputs(x_t, t, text, masks, guidance, few)
+        return {"v": v, "tokens": tokens}
+
+    def _student_grads_fn(self, student, guide, x_t, t, text, masks):
+        """Losses, monitors and gradients; ``guide`` is of ``_scores`` and ``_targets``."""
 
         def loss(own):
             v, tokens = velocity_and_tokens(self.bind(own), x_t, t, text, masks)
-            x0 = x_t - t.reshape(shape) * v
-            y = mx.stop_gradient(x0)
-            metrics = {"x0 mean": y.mean(), "x0 std": mx.std(y, axis=(1, 2, 3)).mean()}
-            if o.loss != "kd":
-                tau = noise["tau"]
-                x_tau, _ = add_noise(y, noise["eps"], tau)
-                velocities = (
-                    self.bind(critic)(x_tau, tau, text, masks).astype(mx.float32),
-                    self.teacher.velocity(x_tau, tau, text, masks, o.guidance),
-                )
-                c0, r0 = (x_tau - tau.reshape(shape) * v for v in velocities)
+            x0 = x_t - t[:, None, None, None] * v
+            metrics = {"x0 mean": x0.mean(), "x0 std": mx.std(x0, axis=(1, 2, 3)).mean()}
+            if "c0" in guide:
+                c0, r0 = guide["c0"], guide["r0"]
                 metrics["loss/dmd"], w = dmd_loss(x0, c0, r0)
                 metrics |= {"gap": mx.abs(c0 - r0).mean(), "w": w.mean()}
-            if o.loss != "dmd":
-                few = self.teacher.is_few_step
-                guidance = 1.0 if few else o.guidance
-                theirs, target = self.teacher.outputs(x_t, t, text, masks, guidance, few)
-                metrics["loss/out"] = (v - theirs).square().mean()
-                features = feature_loss(tokens, projector_of(own), target)
+            if "v" in guide:
+                metrics["loss/out"] = (v - guide["v"]).square().mean()
+                features = feature_loss(tokens, projector_of(own), guide["tokens"])
                 metrics["loss/features"] = features.mean()
-            return sum(a for k, a in metrics.items() if k.startswith("loss/")), metrics, y
+            return sum(a for k, a in metrics.items() if k.startswith("loss/")), metrics
 
-        (_, metrics, y), grads = mx.value_and_grad(loss)(student)
-        return metrics, y, grads
+        (_, metrics), grads = mx.value_and_grad(loss)(student)
+        return metrics, grads
 
     def _critic_grads_fn(self, critic, y, eps, tau, text, masks):
         """Losses (B,) and gradients of flow matching on what the student draws."""
@@ -230,15 +239,21 @@ class KDMDTrainer:
         else:
             for i in range(k):
                 x = self._jump(params, x, t[i], t[i + 1], text, masks)
-        student = critic = y = None
-        if turn:
-            own = {name: noise[f"{name}/student"] for name in ("eps", "tau")}
-            other = self.critic.params if self.critic else {}
-            metrics, y, grads = self._student_grads(params, other, x, t[k], own, text, masks)
-            student = metrics, grads
-        else:
+        student = critic = None
+        if self.critic:
             y = self._jump(params, x, t[k], t[-1], text, masks)
-        mx.eval(student, y)
+        if turn:
+            # Models that need no gradient run outside of it: there attention is fused.
+            guide = {}
+            if self.critic:
+                own = {name: noise[f"{name}/student"] for name in ("eps", "tau")}
+                guide |= self._scores(self.critic.params, y, own, text, masks)
+                mx.eval(guide)
+            if self.options.loss != "dmd":
+                guide |= self._targets(x, t[k], text, masks)
+                mx.eval(guide)
+            student = self._student_grads(params, guide, x, t[k], text, masks)
+            mx.eval(student)
         if self.critic:
             eps, tau = noise["eps/critic"], noise["tau/critic"]
             critic = self._critic_grads(self.critic.params, y, eps, tau, text, masks)
