@@ -9,12 +9,23 @@ import numpy as np
 EPS = 1e-6
 
 
+def rotations(angles: np.ndarray) -> tuple[mx.array, mx.array]:
+    """cos and ±sin, each (N, 1, D/2, 2) float32, of the angles (N, D/2) of N tokens, in radians.
+
+    A pair (a, b) turns to (a, b)·cos + (b, a)·(-sin, sin).
+    """
+    angles = angles.astype(np.float64)[:, None, :, None]
+    cos, sin = np.cos(angles), np.sin(angles)
+    pairs = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+    return tuple(mx.array(a.astype(np.float32)) for a in pairs)
+
+
 @lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int], head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
-    """cos and ±sin, each (N, 1, D/2, 2) float32, for the tokens of a (rows, columns) grid.
+    """``rotations`` of the tokens of a (rows, columns) grid.
 
     The first D/2 dims of a head turn by the row, the last D/2 by the column; in each half pair j
-    has the frequency theta^(-j/(D/4)). A pair (a, b) turns to (a, b)·cos + (b, a)·(-sin, sin).
+    has the frequency theta^(-j/(D/4)).
     """
     h, w = grid
     # On the host: an array of a graph that is being traced must not be kept.
@@ -22,11 +33,7 @@ def rope_table(grid: tuple[int, int], head_dim: int, theta: float) -> tuple[mx.a
     freqs = np.float32(theta) ** -quarter
     rows, cols = (np.arange(n, dtype=np.float32)[:, None] * freqs for n in grid)
     rows, cols = np.broadcast_arrays(rows[:, None], cols[None])
-    angles = np.concatenate([rows, cols], axis=-1, dtype=np.float64)
-    angles = angles.reshape(h * w, 1, head_dim // 2, 1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    pairs = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
-    return tuple(mx.array(a.astype(np.float32)) for a in pairs)
+    return rotations(np.concatenate([rows, cols], axis=-1).reshape(h * w, -1))
 
 
 @partial(mx.compile, shapeless=True)

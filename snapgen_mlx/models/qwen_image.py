@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ConfigMixin
 from ..errors import SnapGenError
-from .attention import EPS, apply_rope, sdpa
+from .attention import EPS, apply_rope, rotations, sdpa
 from .dit import FREQUENCIES, gelu_tanh, modulate
 
 TEXT = "qwen"  # the name of the only text states that it reads
@@ -127,7 +127,7 @@ def unpack(x: mx.array, patch: int) -> mx.array:
 def rope_table(
     grid: tuple[int, int], length: int, axes: tuple[int, int, int]
 ) -> tuple[mx.array, mx.array]:
-    """cos and sin, each (L + N, 1, D/2) float32, of ``length`` text tokens and then the picture's.
+    """``rotations`` of ``length`` text tokens and then the picture's N.
 
     A head's dims turn by frame, row and column. The picture's frame is 0, its rows and columns
     are counted from its centre; a text's positions, the same on all three axes, go on where the
@@ -145,8 +145,7 @@ def rope_table(
         powers = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         freqs = 1 / np.power(np.float32(THETA), powers)
         angles.append(np.concatenate([text, positions]).astype(np.float32)[:, None] * freqs)
-    angles = mx.array(np.concatenate(angles, axis=1)[:, None])
-    return mx.cos(angles), mx.sin(angles)
+    return rotations(np.concatenate(angles, axis=1))
 
 
 class Attention(nn.Module):
