@@ -320,10 +320,10 @@ def one_place(model, tmp_path, monkeypatch):
     held, drawing = threading.Event(), threading.Event()
     decode = Pipeline.decode
 
-    def slowly(self, latents):
+    def slowly(self, *given):
         drawing.set()
         held.wait(20)
-        return decode(self, latents)
+        return decode(self, *given)
 
     monkeypatch.setattr(Pipeline, "decode", slowly)
     with (

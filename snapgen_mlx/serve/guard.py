@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
@@ -11,6 +12,7 @@ COOKIE = "snapgen-mlx-token"
 OPEN = ("/health",)  # paths that need no token
 MAX_BODY = 20_000_000  # bytes: a picture of 2048 pixels a side and its mask
 BODY_SECONDS = 30.0  # in which a body must have come
+DRAIN_SECONDS = 1.0  # in which the body of a refused request may still come
 # The page loads nothing from other hosts, and no other page may show or read what is here.
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
@@ -64,6 +66,10 @@ class Guard:
 
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         if refusal := self._refusal(scope, headers):
+            # A socket that closes with unread bytes is reset, and the client never sees the answer.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    await _body(receive)
             return await refuse(*refusal)
         if self.token and (login := self._login(scope)):
             start = {"type": "http.response.start", "status": 303, "headers": login}
