@@ -1,5 +1,5 @@
 # make demo      set up, and make a picture with the embedded model
-# make test      set up, run the linter and the tests
+# make test      set up, run the linter, the type checker and the tests
 # make embedded  train the embedded model from nothing (hours; goes on where it stopped)
 #
 # make stickers  train the sticker model, which will take its place (many hours; goes on likewise)
@@ -28,6 +28,7 @@ demo: .venv/.installed speed
 test: .venv/.installed-test speed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
 	$(RUN) $(BIN)/python -m pytest
 
 # The type checker reads files, and finds the packages where an installation has them.

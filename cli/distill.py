@@ -94,7 +94,7 @@ def distill(
     few_step_lora,
     fuse,
     explain,
-    **options,
+    **given,
 ):
     """Train MODEL to do what a teacher does, on the captions and pictures in DATA.
 
@@ -118,13 +118,17 @@ def distill(
     from snapgen_mlx.training.finetune import finetune
     from snapgen_mlx.training.kdmd import KDMDOptions
     from snapgen_mlx.training.loop import RunOptions
+    from snapgen_mlx.training.optimizer import AdamOptions
     from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
-    Options = KDOptions if method == "kd" else KDMDOptions
-    fields = Options.__dataclass_fields__
-    options = {k: v for k, v in options.items() if k in fields and v is not None}
-    options = Options(**DEFAULTS[method] | options)
+
+    def options_of(options_class):
+        fields = options_class.__dataclass_fields__
+        known = {k: v for k, v in given.items() if k in fields and v is not None}
+        return options_class(**DEFAULTS[method] | known)
+
+    options: AdamOptions = options_of(KDOptions if method == "kd" else KDMDOptions)
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     run.sample_every = run.validate_every = sample_every
 
@@ -135,10 +139,11 @@ def distill(
 
     if explain:
         source, taught = source_and_teacher()
-        if method == "kd":
+        if isinstance(options, KDOptions):
             memory = TrainingMemory.from_model(source, taught.nbytes)
         else:
-            memory = few_steps_memory(source, load_dit(source, variant), taught, options.lora)
+            rank = KDMDOptions.lora if options.lora is None else options.lora
+            memory = few_steps_memory(source, load_dit(source, variant), taught, rank)
         echo(explanation(memory, options, run))
         return
 
@@ -146,10 +151,11 @@ def distill(
         examples = read_pictures(data, caption, skip_bad, echo)
         held_out = validation and read_pictures(validation, caption, skip_bad, echo)
         source, taught = source_and_teacher()
-        if method == "kd":
+        if isinstance(options, KDOptions):
             return finetune(
                 source, examples, output, run, options, held_out, stop=stop, teacher=taught
             )
+        assert isinstance(options, KDMDOptions)
         run.text_dropout = 0.0  # without guidance the empty text is never asked for
         return distill_few_steps(
             source, variant, taught, examples, output, run, options, fuse, stop

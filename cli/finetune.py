@@ -61,7 +61,7 @@ def finetune(
     resume,
     explain,
     seed,
-    **elastic,
+    **given,
 ):
     """Train every width of MODEL together on the pictures in DATA.
 
@@ -85,7 +85,7 @@ def finetune(
     from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
-    elastic = ElasticOptions(**elastic)
+    elastic = ElasticOptions(**given)
     options = RunOptions(
         batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
     )
@@ -96,11 +96,11 @@ def finetune(
         echo("no loss.png without matplotlib: pip install 'snapgen-mlx[train]'", err=True)
 
     def start(stop):
-        folders = [folder for folder in (data, validation) if folder]
-        sets = [read_pictures(folder, caption, skip_bad, echo) for folder in folders]
+        examples = read_pictures(data, caption, skip_bad, echo)
+        held_out = read_pictures(validation, caption, skip_bad, echo) if validation else None
+        prompts = read_prompts(prior) if prior else None
         source = resolve_model(model)
-        more = dict(flip=flip, prior=prior and read_prompts(prior), stop=stop)
-        return run(source, sets[0], output, options, elastic, *sets[1:], **more)
+        return run(source, examples, output, options, elastic, held_out, flip, prompts, stop)
 
     follow(start, elastic.steps, options, echo)
     echo(f"wrote {output}")

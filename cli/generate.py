@@ -155,11 +155,11 @@ def generate(
             return pipe.settings(prompt, seed=seed, **given)
         return pipe.edit_settings(prompt, edit, seed=seed, **given)
 
-    drawn = {}
-    jobs = [(settings_of(prompt, seed), path) for prompt, seed, path in jobs]
-    for i, (settings, path) in enumerate(jobs):
+    drawn: dict[str, list] = {}
+    wanted = [settings_of(prompt, seed) for prompt, seed, _ in jobs]
+    for i, (settings, (_, _, path)) in enumerate(zip(wanted, jobs, strict=True)):
         if i % ENCODED_AT_ONCE == 0:
-            pipe.prepare([settings for settings, _ in jobs[i : i + ENCODED_AT_ONCE]])
+            pipe.prepare(wanted[i : i + ENCODED_AT_ONCE])
             _say_unknown(notes)
             notes = {}
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 
 import click
 from click.core import ParameterSource
@@ -103,7 +104,7 @@ def quantize(
             )
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from what is done", err=True)
-            context.exit(128 + stop.signal)
+            context.exit(128 + (stop.signal or signal.SIGINT))
         finally:
             bar.close()
     layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())

@@ -32,7 +32,7 @@ def follow(start, steps: int, options, echo) -> None:
                     echo(changes(record))
         except KeyboardInterrupt:
             echo("stopped; the same command goes on from what is saved", err=True)
-            context.exit(128 + stop.signal)
+            context.exit(128 + (stop.signal or signal.SIGINT))
         except RuntimeError as e:
             if "[ring]" not in str(e):
                 raise
@@ -122,7 +122,8 @@ class Stop:
     """
 
     def __init__(self):
-        self.running, self.signal = False, None
+        self.running = False
+        self.signal: int | None = None
 
     def __call__(self) -> bool:
         self.running = True

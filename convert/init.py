@@ -5,17 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..config import DiTConfig
 from ..errors import UsageError
 from ..files import atomic_folder, atomic_write, write_json
 from ..layout import FORMAT
-from ..models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+from ..loading import build_autoencoder
+from ..models.autoencoder import SnapGenAutoencoderConfig
 from ..models.elastic import random_supernet
-from ..models.vae import AutoencoderKLQwenImage, VAEConfig
+from ..models.vae import VAEConfig
 from ..tensors.readers import Info
 from ..tensors.stream import Component, Row, verify, write_components
+from ..tensors.weights import flat_parameters
 from .to_pytorch import export
 
 GEOMETRIES = ("full", "small", "tiny", "embedded")
@@ -69,17 +70,13 @@ def _write(folder: Path, geometry: str, seed: int) -> int:
     shape = transformer["final.proj.weight"].shape
     transformer["final.proj.weight"] = mx.random.normal(shape) * shape[-1] ** -0.5
     if geometry == "embedded":
-        vae_config = SnapGenAutoencoderConfig()
-        vae, vae_name = SnapGenAutoencoder(vae_config), "SnapGenAutoencoder"
-        extra = {}
+        vae_config = {"_class_name": "SnapGenAutoencoder", **asdict(SnapGenAutoencoderConfig())}
     else:
-        vae_config = VAEConfig()
-        vae, vae_name = AutoencoderKLQwenImage(vae_config), "AutoencoderKLQwenImage"
-        extra = {"temperal_downsample": [False, True, True]}
-    vae_config = {"_class_name": vae_name, **asdict(vae_config), **extra}
+        vae_config = {"_class_name": "AutoencoderKLQwenImage", **asdict(VAEConfig())}
+        vae_config["temperal_downsample"] = [False, True, True]
     components = [
         _component("transformer", config.to_dict(), transformer),
-        _component("vae", vae_config, dict(tree_flatten(vae.parameters()))),
+        _component("vae", vae_config, flat_parameters(build_autoencoder(vae_config))),
     ]
     folder.mkdir(exist_ok=True)
     write_components(folder, components)

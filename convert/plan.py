@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -159,7 +159,7 @@ def plan(
 def _quantize(component: PlannedComponent, rules: QuantizableRules, quantize: int) -> None:
     """Pack the matrices whose rows are whole groups, and say so in the config."""
     group = rules.group_size(component.source_config)
-    how = {"group_size": group, "bits": quantize}
+    how: dict[str, Any] = {"group_size": group, "bits": quantize}
     for i, row in enumerate(component.rows):
         if len(row.shape) == 2 and row.target.endswith(".weight") and row.shape[1] % group == 0:
             layer = row.target.removesuffix(".weight")

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -57,7 +58,7 @@ def convert(
     components, index = find_components(path, only, config)
     for component in components.values():
         plan(component, dtype, quantize, ema)
-    settings = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
+    settings: dict[str, Any] = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
     if loras:
         settings["loras"] = _fuse(components, loras)
     report = _report(source, path, settings, components)

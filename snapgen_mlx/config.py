@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 from .errors import SnapGenError, UsageError
 
@@ -13,11 +13,12 @@ VARIANT_NAMES = {0.375: "tiny", 0.5: "small", 1.0: "full"}
 class ConfigMixin:
     """A dataclass made from the dictionary of a config.json."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
     @classmethod
     def from_dict(cls, d: dict) -> Self:
         """Keys that the class does not know are left out."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in d.items() if k in names})
+        return cls(**{k: v for k, v in d.items() if k in cls.__dataclass_fields__})
 
 
 @dataclass
@@ -49,8 +50,8 @@ class DiTConfig(ConfigMixin):
     downsample: bool = True
 
     def __post_init__(self):
-        positive = ("in_channels", "patch_size", "hidden_size", "head_dim", "num_heads")
-        positive += ("num_kv_heads", "cross_kv_heads", "caption_dim", "bna_blocks")
+        positive = ["in_channels", "patch_size", "hidden_size", "head_dim", "num_heads"]
+        positive += ["num_kv_heads", "cross_kv_heads", "caption_dim", "bna_blocks"]
         for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 2**20:
@@ -59,7 +60,11 @@ class DiTConfig(ConfigMixin):
             raise SnapGenError("transformer config: bna_radius must be an integer >= 0")
         if not isinstance(self.rope_theta, (int, float)) or self.rope_theta <= 0:
             raise SnapGenError("transformer config: rope_theta must be a positive number")
-        lists = {"layers": int, "ffn_ratio": (int, float), "attention": str}
+        lists: dict[str, type | tuple[type, ...]] = {
+            "layers": int,
+            "ffn_ratio": (int, float),
+            "attention": str,
+        }
         for name, kind in lists.items():
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or len(value) != 3:

@@ -1,6 +1,7 @@
 """What MLX computes on here: the type of floats, and the memory that it may use."""
 
 import os
+from typing import cast
 
 import mlx.core as mx
 
@@ -16,7 +17,12 @@ def compute_dtype() -> mx.Dtype:
     return mx.bfloat16 if on_metal() else mx.float32
 
 
+def scalar(a: mx.array) -> float:
+    """The value of an array of one real number."""
+    return cast(float, a.item())
+
+
 def usable_memory() -> int:
     """Bytes that MLX may take on this machine: Metal's working set, or a share of all memory."""
     limit = mx.device_info().get("max_recommended_working_set_size")
-    return limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return cast(int, limit) or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ def examine(model=None) -> list[Finding]:
     read whole and draws one step."""
     findings = [
         Finding("python", f"{platform.python_version()} on {platform.platform()}"),
-        Finding("mlx", f"{mx.__version__} on {'Metal' if on_metal() else 'the CPU'}"),
+        Finding("mlx", f"{version('mlx')} on {'Metal' if on_metal() else 'the CPU'}"),
         _speed(),
         _room("memory", usable_memory(), "close other programs, or use --low-ram"),
         _room("disk", shutil.disk_usage(Path.home()).free, "make room in your home folder"),

@@ -88,8 +88,8 @@ class Edit:
             return None
         # Averages of a cell above nothing; BOX takes every pixel of it into account.
         cells = Image.fromarray(np.array(self.mask, dtype=np.float32))
-        cells = np.array(cells.resize((w, h), Image.Resampling.BOX)) > 0
-        return mx.array(cells.astype(np.float32))[None, ..., None]
+        drawn = np.array(cells.resize((w, h), Image.Resampling.BOX)) > 0
+        return mx.array(drawn.astype(np.float32))[None, ..., None]
 
     def finish(self, drawn: Image.Image) -> Image.Image:
         """The result: ``drawn`` as it is, or under the mask and blended with what stays."""
@@ -105,6 +105,7 @@ class Edit:
     def _seam(self) -> Image.Image:
         """The mask, falling off towards its border; exactly 0 wherever the mask is."""
         radius = max(1, round(max(self.image.size) / SEAM))
+        assert self.mask is not None
         inner, total = self.mask, np.array(self.mask, dtype=np.float32)
         for _ in range(radius):
             inner = inner.filter(ImageFilter.MinFilter(3))
@@ -127,7 +128,7 @@ def _to_mask(mask: Image.Image) -> Image.Image:
     """255 where to draw, 0 elsewhere."""
     if mask.has_transparency_data:
         alpha = mask.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] < 255:
+        if np.asarray(alpha).min() < 255:
             return alpha.point(lambda a: 255 if a < 128 else 0)
     return mask.convert("L").point(lambda v: 255 if v >= 128 else 0)
 

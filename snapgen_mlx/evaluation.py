@@ -6,9 +6,10 @@ the prompted concept.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,7 +45,9 @@ def evaluate(
     drawn, its ``shares`` with the ``steps`` and ``guidance`` of its own. Raises UsageError for an
     unknown variant, or a picture that does not fit into memory.
     """
-    pipe = Pipeline.load(model, variants and variants[0], guidance=guidance, keep_encoders=False)
+    pipe = Pipeline.load(
+        model, variants[0] if variants else None, guidance=guidance, keep_encoders=False
+    )
     variants = variants or pipe.dit_config.variants
     for name in variants:
         pipe.dit_config.variant_index(name)
@@ -68,14 +71,14 @@ def evaluate(
         (data,) = yield from encode_data(pipe.folder, [measured], Path(cache))
         fixed = list(fixed_batches(data, max(1, BATCH_PIXELS // (s.width * s.height))))
         mx.eval(fixed)
-    header = {"pictures": len(examples), "concepts": n, "drawn": count}
+    header: dict[str, Any] = {"pictures": len(examples), "concepts": n, "drawn": count}
     yield header | ({"chance": chance(n)} if count else {})
     if count:
         real = _square_latents(pipe, data.latents, examples, s)
     for name in variants:
         pipe.free("dit")
         pipe.variant = name
-        record = {"variant": name}
+        record: dict[str, Any] = {"variant": name}
         if count:
             own = jobs()
             record |= {"steps": own[0].steps, "guidance": own[0].guidance}
@@ -87,11 +90,13 @@ def evaluate(
         yield record
 
 
-def _square_latents(pipe: Pipeline, latents: list, examples: list[Example], s: Settings):
+def _square_latents(
+    pipe: Pipeline, latents: Sequence[np.ndarray], examples: list[Example], s: Settings
+):
     """Flat latents of the pictures in the size that is drawn; ``latents`` where they have it."""
     shape = pipe.latent_size(s)
     if any(a.shape[:2] != shape for a in latents):
-        latents = encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width))
+        latents = list(encode_images(pipe.vae, [e.file for e in examples], (s.height, s.width)))
         pipe.free("vae")
     return np.stack(latents).reshape(len(latents), -1)
 

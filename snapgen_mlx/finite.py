@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .errors import SnapGenError
+from .tensors.weights import flat_parameters
 
 
 def check_finite(arrays: Iterable[mx.array], stage: str, model=None) -> None:
@@ -20,7 +20,7 @@ def check_finite(arrays: Iterable[mx.array], stage: str, model=None) -> None:
         return
     where = ""
     if isinstance(model, nn.Module):
-        weights = tree_flatten(model.parameters())
+        weights = flat_parameters(model).items()
         bad = next((path for path, a in weights if not _is_finite(a)), None)
         where = f", as the weight {bad} does" if bad else " from finite weights"
     raise SnapGenError(
@@ -32,4 +32,4 @@ def check_finite(arrays: Iterable[mx.array], stage: str, model=None) -> None:
 def _is_finite(a: mx.array) -> bool:
     if not mx.issubdtype(a.dtype, mx.floating) or not a.size:
         return True
-    return mx.isfinite(mx.stack([a.max(), a.min()])).all().item()  # NaN wins both
+    return bool(mx.isfinite(mx.stack([a.max(), a.min()])).all())  # NaN wins both

@@ -80,7 +80,9 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
 
     at = f"{repo}@{revision}" if revision else repo
     page = f"https://huggingface.co/{repo}"
-    http_error = errors.HfHubHTTPError.__bases__[0]  # of httpx or httpx2, as its version has it
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[
+        0
+    ]  # of httpx or httpx2, as its version has it
     unreachable = None
     try:
         try:

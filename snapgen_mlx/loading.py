@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from .config import ConfigMixin, DiTConfig
 from .device import compute_dtype, on_metal
@@ -21,7 +20,7 @@ from .models.elastic import random_supernet, slice_flat
 from .models.interfaces import Autoencoder, AutoencoderConfig
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
 from .tensors.affine import dequantize, quantize_like
-from .tensors.weights import assign, load_tensors
+from .tensors.weights import assign, load_tensors, parameter_shapes
 
 # By the _class_name of their config.json: the class and its configuration.
 AUTOENCODERS: dict[str, tuple[type, type[ConfigMixin]]] = {
@@ -68,7 +67,7 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     if on_metal():
         quantize_like(dit, tensors)
     else:  # quantized matmuls crawl on a CPU
-        tensors = dequantize(tensors, {k: a.shape for k, a in tree_flatten(dit.parameters())})
+        tensors = dequantize(tensors, parameter_shapes(dit))
     # Packed weights are integers and stay as they are.
     tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
     assign(dit, tensors, folder)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from .config import DiTConfig
+from .device import scalar
 from .digest import base_digest
 from .errors import SnapGenError, UsageError, name_keys
 from .layout import FEW_STEP
@@ -109,14 +110,16 @@ def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:
 
 def _match(file: LoRAFile, shapes: dict) -> tuple[dict[str, Update], list[str]]:
     """The updates that fit a layer of ``shapes``, and the names in the file that do not."""
-    paths, updates, unfit = file.resolve(shapes), {}, []
+    paths = file.resolve(shapes)
+    updates: dict[str, Update] = {}
+    unfit: list[str] = []
     for name, keys in file.layers.items():
-        path, tensors = paths.get(name), file.tensors
+        path, tensors = paths.get(name) or "", file.tensors
         try:
             a, b = tensors[keys["a"]], tensors[keys["b"]]
             (rows, columns), (rank, _) = shapes[path], a.shape
             fits = rank and a.shape == (rank, columns) and b.shape == (rows, rank)
-            alpha = float(tensors[keys["alpha"]].item()) if "alpha" in keys else None
+            alpha = scalar(tensors[keys["alpha"]]) if "alpha" in keys else None
         except (KeyError, ValueError):  # no such layer, a part is missing, alpha is no number
             fits = False
         if not fits or path in updates:

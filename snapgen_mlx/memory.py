@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx.utils import tree_flatten
-
 from .config import DiTConfig
 from .device import compute_dtype, on_metal, usable_memory
 from .errors import UsageError, format_bytes
@@ -20,7 +18,7 @@ from .models.interfaces import Autoencoder, TextEncoder
 from .models.sizes import parameter_count
 from .tensors.palette import SUFFIX as PALETTE
 from .tensors.safetensors_io import NAMES
-from .tensors.weights import load_infos
+from .tensors.weights import flat_parameters, load_infos
 
 HEAVY_ENCODERS = 100_000_000  # bytes; lighter ones stay beside the transformer
 FUSED_HEADS = (64, 72, 80, 96, 128)  # head_dim of Metal's attention without a score matrix
@@ -94,9 +92,9 @@ class ModelMemory:
 
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
-            parameters = tree_flatten(load_dit(self.folder, variant).parameters())
+            parameters = flat_parameters(load_dit(self.folder, variant))
             self._tensors[variant] = [
-                a.nbytes for path, a in parameters if not path.startswith(self._unread)
+                a.nbytes for path, a in parameters.items() if not path.startswith(self._unread)
             ]
         return self._tensors[variant]
 

@@ -39,7 +39,8 @@ def trimmed(image: Image.Image, side: int) -> Image.Image:
     part = image.crop(box)
     room = side - 2 * round(MARGIN * side)
     scale = room / max(part.size)
-    size = tuple(max(1, round(n * scale)) for n in part.size)
+    width, height = (max(1, round(n * scale)) for n in part.size)
+    size = width, height
     # Colours below no alpha must not shine through at the edges.
     part = part.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     square = Image.new("RGBA", (side, side))
@@ -63,7 +64,8 @@ def _visible(a: np.ndarray) -> tuple[int, int, int, int] | None:
 def webp_below(image: Image.Image, limit: int) -> bytes:
     """WebP of at most ``limit`` bytes: lossless where that is small enough, else the best quality
     that is. Raises UsageError when none is."""
-    for options in ({"lossless": True}, *({"quality": q} for q in range(95, 0, -10))):
+    tries: list[dict[str, int]] = [{"lossless": True}, *({"quality": q} for q in range(95, 0, -10))]
+    for options in tries:
         file = io.BytesIO()
         image.save(file, format="WEBP", method=4, **options)
         if file.tell() <= limit:
@@ -84,7 +86,8 @@ def write_pack(folder, title: str, stickers: Iterable[Sticker]) -> list[dict]:
     folder = Path(folder)
     for name in ("stickers", "emoji", "originals", "icons"):
         (folder / name).mkdir()
-    entries, rows = [], {}
+    entries: list[dict] = []
+    rows: dict[str, list] = {}
     for sticker in stickers:
         large, small = (trimmed(sticker.image, side) for side in (STICKER, EMOJI))
         files = {

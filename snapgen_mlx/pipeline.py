@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+import numpy as np
 from PIL import Image
 
 from . import __version__
@@ -24,6 +24,7 @@ from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
 from .sampling import Step, blend_noise, denoise, last_step, schedule
 from .settings import Settings
+from .tensors.weights import flat_parameters
 from .text_loading import load_text_encoders
 
 
@@ -51,10 +52,10 @@ class Pipeline:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.text_encoder, self.loras, self.base = text_encoder, list(loras), base
         self.low_ram, self.keep_encoders = low_ram, keep_encoders
-        self._texts = {}
+        self._texts: dict[str, tuple[dict, dict]] = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders)
-        self.variant = variant
-        if variant in (None, "auto"):
+        self.variant = "auto" if variant is None else variant
+        if self.variant == "auto":
             self.variant = self.dit_config.variants[-1]
             largest = self.settings("any", width=width, height=height, guidance=guidance)
             self.variant = self.memory.choose(self._request(largest))
@@ -122,9 +123,9 @@ class Pipeline:
             check_finite(encoded[encoder.name][:1], f"the text encoder {encoder.name}", encoder)
         text, masks = ({k: pair[i] for k, pair in encoded.items()} for i in (0, 1))
         if encoded:
-            known = mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1).tolist()
-            if not all(known):
-                unknown = texts[known.index(False)]
+            known = np.array(mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1))
+            if not known.all():
+                unknown = texts[int(known.argmin())]
                 raise UsageError(f"the prompt {unknown!r} has no word that this model knows")
         dims = {name: states.shape[-1] for name, states in text.items()}
         if not dims.items() <= self.dit_config.text_dims.items():
@@ -180,7 +181,7 @@ class Pipeline:
         if not self._texts.keys() >= set(s.texts):
             self.prepare([s])
         text, masks = self._texts[s.prompt]
-        negative = self._texts.get(s.negative)
+        negative = self._texts.get(s.negative or "")
         start = noise = self._noise(s, (1, h, w, config.in_channels))
         sigmas = schedule(s.steps, s.shift)
         put_back = None
@@ -204,7 +205,7 @@ class Pipeline:
                 yield Step(0, 0.0, start, start)
                 return
             if self.memory.is_palette:  # left to themselves, many would be expanded side by side
-                for _, weight in tree_flatten(self.dit.parameters()):
+                for weight in flat_parameters(self.dit).values():
                     mx.eval(weight)
             steps = denoise(self.dit, start, text, masks, sigmas, s.guidance, negative, put_back)
             for step in steps:
@@ -273,8 +274,9 @@ class Pipeline:
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of a text that no encoder knows; [] where an encoder reads any text."""
-        tables = [getattr(encoder, "words", None) for encoder in self.encoders]
-        if not tables or None in tables:
+        found = [getattr(encoder, "words", None) for encoder in self.encoders]
+        tables = [table for table in found if table is not None]
+        if not tables or len(tables) < len(found):
             return []
         unknown = [table.unknown_words(text) for table in tables]
         return [word for word in unknown[0] if all(word in words for words in unknown)]

@@ -57,6 +57,8 @@ def read_metadata(path) -> dict:
     """Settings inside a PNG that ``save_png`` wrote. Raises SnapGenError when there are none."""
     try:
         with Image.open(path) as image:
+            if not isinstance(image, PngImagePlugin.PngImageFile):
+                raise ValueError("no PNG")
             found = json.loads(image.text[METADATA_KEY])
         settings = {  # older versions did not write all that may be None
             name: found.get(name) if field.default is None else found[name]

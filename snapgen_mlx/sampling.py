@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
+from .device import scalar
 from .models.dit import DiT
 
 # What a model distilled by ``training.kdmd`` is sampled with.
@@ -76,7 +77,7 @@ def blend_noise(a: mx.array, b: mx.array, amount: float) -> mx.array:
     """Spherical interpolation from noise ``a`` (amount 0) to ``b`` (1), which keeps its norm."""
     a_unit, b_unit = (n / mx.linalg.norm(n.reshape(-1)) for n in (a, b))
     angle = mx.arccos(mx.clip((a_unit * b_unit).sum(), -1, 1))
-    if angle.item() < 1e-3:
+    if scalar(angle) < 1e-3:
         return a
     return (mx.sin((1 - amount) * angle) * a + mx.sin(amount * angle) * b) / mx.sin(angle)
 

@@ -23,10 +23,11 @@ def contact_sheet(
     """
     pictures = [picture for row in rows for picture in row]
     width, height = (max(p.size[axis] for p in pictures) for axis in (0, 1))
-    font = ImageFont.load_default(max(12, height // 14))
+    letters = max(12, height // 14)  # pixels
+    font = ImageFont.load_default(letters)
     letter = font.getlength("n")
     margin = int(letter * min(18, max(map(len, names)))) + 2 * GAP
-    top = (2 * GAP + int(font.size)) if columns else GAP
+    top = (2 * GAP + letters) if columns else GAP
     across = max(map(len, rows))
     size = margin + across * (width + GAP), top + len(rows) * (height + GAP)
     sheet = Image.new("RGB", size, PAPER)
@@ -36,7 +37,7 @@ def contact_sheet(
         draw.text((x, top // 2), column, INK, font, anchor="mm")
     for r, (row, name) in enumerate(zip(rows, names, strict=True)):
         y = top + r * (height + GAP)
-        lines = "\n".join(textwrap.wrap(name, 18)[: max(1, height // int(1.3 * font.size))])
+        lines = "\n".join(textwrap.wrap(name, 18)[: max(1, height // int(1.3 * letters))])
         draw.multiline_text((GAP, y + height // 2), lines, INK, font, anchor="lm")
         for c, picture in enumerate(row):
             x = margin + c * (width + GAP)

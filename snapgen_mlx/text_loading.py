@@ -138,6 +138,6 @@ def load_gemma(source) -> GemmaText:
     """A Gemma 3 text encoder from a folder (or Hub id) that holds its tokenizer too."""
     folder = resolve(source)
     kind = load_config(folder).get("model_type")
-    if TEXT_ENCODERS.get(str(kind)) is not load_gemma_text:
+    if kind not in ("gemma3_text", "gemma3"):
         raise SnapGenError(f"{source} is a {kind or 'model of unknown type'}, not a Gemma 3")
     return load_gemma_text(folder, folder)

@@ -47,9 +47,9 @@ def load_clip_tokenizer(folder) -> Tokenizer:
         ]
     )
     tokenizer.add_special_tokens([BOS, EOS])
-    ends = [(token, tokenizer.token_to_id(token)) for token in (EOS, BOS)]
+    end, begin = ((token, tokenizer.token_to_id(token) or 0) for token in (EOS, BOS))
     tokenizer.post_processor = processors.RobertaProcessing(
-        *ends, trim_offsets=False, add_prefix_space=False
+        end, begin, trim_offsets=False, add_prefix_space=False
     )
     return tokenizer
 

@@ -26,8 +26,8 @@ from snapgen_mlx.training.checkpoint import load_state
 from snapgen_mlx.training.distill import (
     KDOptions,
     KDTrainer,
+    ModelTeacher,
     TaughtDataset,
-    Teacher,
     alpha,
     feature_loss,
     timestep_aware,
@@ -192,7 +192,7 @@ def test_the_few_step_lora_switches_bit_exactly():
     t = mx.full(4, 0.75)
     before, weights = model(x0, t, text, masks), flat(model)
     lora = random_lora(model.config)
-    teacher = Teacher(model, updates(lora))
+    teacher = ModelTeacher(model, updates(lora))
     off, _ = teacher.outputs(x0, t, text, masks)
     on, _ = teacher.outputs(x0, t, text, masks, few_step=True)
     again, _ = teacher.outputs(x0, t, text, masks)
@@ -204,7 +204,7 @@ def test_the_few_step_lora_switches_bit_exactly():
         layer.weight = layer.weight + update.b @ update.a
     np.testing.assert_allclose(on, fused(x0, t, text, masks), rtol=1e-4, atol=1e-5)
     assert mx.abs(on - off).max() > 0.01
-    zero = Teacher(model, updates(lora_params(model.config, RANK)))
+    zero = ModelTeacher(model, updates(lora_params(model.config, RANK)))
     assert mx.array_equal(zero.outputs(x0, t, text, masks, few_step=True)[0], before)
 
 
@@ -236,7 +236,7 @@ def test_a_teacher_with_its_own_text():
     given = np.array(mx.any(masks["toy"], axis=1))
     assert 0 < given.sum() < 8
     t = mx.full(8, 0.5)
-    teacher = Teacher(model, own_text=True)
+    teacher = ModelTeacher(model, own_text=True)
     ours = teacher.velocity(x0, t, text, masks)
     captions = [i for i in range(8)]
     for i in captions:
@@ -382,7 +382,7 @@ def kdmd_gradients(base, teacher, student, critic, x0, text, masks, noise, k, re
 def test_a_step_is_the_papers(k, real, few):
     """``few``: the teacher has a few-step LoRA; its guided velocities are learned otherwise."""
     trainer = toy_kdmd(critic_steps=1, clip=1e9, noised_real=real)
-    teacher = trainer.teacher = toy_teacher() if few else Teacher(toy_model(2))
+    teacher = trainer.teacher = toy_teacher() if few else ModelTeacher(toy_model(2))
     student, critic = (random_lora(trainer.model.config, seed) for seed in (7, 8))
     phi = {k: a for k, a in trainer.student.params.items() if "projector" in k}
     trainer.student.params, trainer.critic.params = student | phi, critic

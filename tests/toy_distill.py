@@ -14,7 +14,7 @@ from snapgen_mlx.lora import Update
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.training.data import LatentDataset
-from snapgen_mlx.training.distill import Teacher
+from snapgen_mlx.training.distill import ModelTeacher
 from snapgen_mlx.training.kdmd import KDMDOptions, KDMDTrainer
 from snapgen_mlx.training.loop import train
 from snapgen_mlx.training.lora_training import SCALE, attach_lora, lora_params
@@ -66,16 +66,16 @@ def updates(params: dict[str, mx.array]) -> dict[str, Update]:
     return {p: Update(params[f"{p}.lora_a"], SCALE * params[f"{p}.lora_b"]) for p in sorted(layers)}
 
 
-def toy_teacher(seed: int = 0) -> Teacher:
+def toy_teacher(seed: int = 0) -> ModelTeacher:
     full = toy_model(2, seed)
-    return Teacher(full, updates(random_lora(full.config)))
+    return ModelTeacher(full, updates(random_lora(full.config)))
 
 
 def toy_kdmd(watch=None, params: dict | None = None, **options) -> KDMDTrainer:
     """The narrowest width of a random supernet or, of one that is given, the full width."""
     dit = toy_model(2 if params else 0, params=params)
     attach_lora(dit, lora_params(dit.config, RANK))
-    teacher = Teacher(toy_model(2, params=params)) if params else toy_teacher()
+    teacher = ModelTeacher(toy_model(2, params=params)) if params else toy_teacher()
     defaults = dict(learning_rate=1e-3, steps=30, warmup=0, lora=RANK, average_from=10)
     return KDMDTrainer(dit, teacher, KDMDOptions(**defaults | options), watch=watch)
 

@@ -1,12 +1,13 @@
 """CLIP's text tower, from transformers' layout or open_clip's (TinyCLIP's GitHub files)."""
 
 import re
+from functools import partial
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ...models.clip_text import CLIPText, CLIPTextConfig
 from ...tensors.stream import COPY, Step
+from ...tensors.weights import parameter_shapes
 from .interface import Drop
 
 PREFIXES = ("text_model.", "_text_encoder.", "text.")
@@ -35,8 +36,14 @@ OPEN_CLIP_PARTS = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+
+
+def take_third(i: int, a: mx.array) -> mx.array:
+    return mx.split(a, 3)[i]
+
+
 # The fused query, key and value projection of torch.nn.MultiheadAttention.
-THIRDS = [Step(f"third {i} of 3", lambda a, i=i: mx.split(a, 3)[i]) for i in range(3)]
+THIRDS = [Step(f"third {i} of 3", partial(take_third, i)) for i in range(3)]
 
 
 def config(source: dict) -> dict:
@@ -58,7 +65,7 @@ def config(source: dict) -> dict:
 
 def shapes(source: dict) -> dict[str, tuple]:
     model = CLIPText(CLIPTextConfig.from_dict(config(source)))
-    return {k: a.shape for k, a in tree_flatten(model.parameters())}
+    return parameter_shapes(model)
 
 
 def route(key: str) -> dict[str, Step] | Drop:

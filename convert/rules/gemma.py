@@ -1,10 +1,10 @@
 """Gemma 3's text tower: names of any Gemma 3 checkpoint to mlx-lm's."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ...models.gemma_text import GemmaText, text_keys
 from ...tensors.stream import COPY, Step
+from ...tensors.weights import parameter_shapes
 from .interface import Drop
 
 
@@ -13,7 +13,7 @@ def config(source: dict) -> dict:
 
 
 def shapes(source: dict) -> dict[str, tuple]:
-    return {k: a.shape for k, a in tree_flatten(GemmaText(config(source)).parameters())}
+    return parameter_shapes(GemmaText(config(source)))
 
 
 def route(key: str) -> dict[str, Step] | Drop:

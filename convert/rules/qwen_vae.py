@@ -1,11 +1,11 @@
 """diffusers' Qwen-Image VAE as a 2-D network."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ...loading import build_autoencoder
 from ...models.vae import VAEConfig
 from ...tensors.stream import COPY, Step
+from ...tensors.weights import parameter_shapes
 from .interface import CHANNELS_LAST, Drop, channels_first
 
 # For a single image a causal convolution is a 2-D one with its last temporal slice.
@@ -18,7 +18,7 @@ def config(source: dict) -> dict:
 
 
 def shapes(source: dict) -> dict[str, tuple]:
-    return {k: a.shape for k, a in tree_flatten(build_autoencoder(source).parameters())}
+    return parameter_shapes(build_autoencoder(source))
 
 
 def _is_2d(key: str) -> bool:
@@ -52,7 +52,7 @@ def time_convs(source: dict) -> dict[str, tuple]:
     """Keys and shapes of the layers that a video needs and an image does not."""
     c = VAEConfig.from_dict(source)
     temporal = source.get("temperal_downsample", [False, True, True])
-    out = {}
+    out: dict[str, tuple[int, ...]] = {}
     for level, is_temporal in enumerate(temporal):
         if not is_temporal:
             continue

@@ -1,10 +1,10 @@
 """The small autoencoders: convolutions transposed, nothing else."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ...loading import build_autoencoder
 from ...tensors.stream import Step
+from ...tensors.weights import parameter_shapes
 from .interface import channels_first
 
 LAYOUT = Step("channels last", lambda a: a.transpose(0, 2, 3, 1) if a.ndim == 4 else a)
@@ -15,7 +15,7 @@ def config(source: dict) -> dict:
 
 
 def shapes(source: dict) -> dict[str, tuple]:
-    return {k: a.shape for k, a in tree_flatten(build_autoencoder(source).parameters())}
+    return parameter_shapes(build_autoencoder(source))
 
 
 def route(key: str) -> dict[str, Step]:

@@ -16,8 +16,8 @@ def rotations(angles: np.ndarray) -> tuple[mx.array, mx.array]:
     """
     angles = angles.astype(np.float64)[:, None, :, None]
     cos, sin = np.cos(angles), np.sin(angles)
-    pairs = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
-    return tuple(mx.array(a.astype(np.float32)) for a in pairs)
+    cos, sin = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+    return mx.array(cos.astype(np.float32)), mx.array(sin.astype(np.float32))
 
 
 @lru_cache(maxsize=8)
@@ -183,5 +183,6 @@ class CrossAttention(nn.Module):
     def __call__(self, x: mx.array, keys_values, mask: mx.array) -> mx.array:
         B, N, _ = x.shape
         q = self.norm_q(self.to_q(x).reshape(B, N, self.heads, -1)).swapaxes(1, 2)
-        out = sdpa(q, *keys_values, mask=mask)
+        k, v = keys_values
+        out = sdpa(q, k, v, mask)
         return self.to_out(out.swapaxes(1, 2).reshape(B, N, -1))

@@ -141,6 +141,7 @@ class CLIPText(nn.Module):
         Raises SnapGenError when the tokenizer and the config disagree about the end token.
         """
         length = min(self.max_tokens, self.config.max_position_embeddings)
+        assert self._tokenizer is not None
         self._tokenizer.enable_truncation(length)
         rows = [e.ids for e in self._tokenizer.encode_batch(texts)]
         longest = max(len(row) for row in rows)

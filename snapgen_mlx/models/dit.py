@@ -183,8 +183,8 @@ class Block(nn.Module):
 
         def call(parameters, x, modulation, keys_values):
             self.update(parameters)
-            time = TimeCondition(modulation, None)
-            return self._forward(x, time, keys_values, mask, rope, grid)
+            condition = TimeCondition(modulation, time.embedding)  # the latter is not used
+            return self._forward(x, condition, keys_values, mask, rope, grid)
 
         run = mx.checkpoint(call)
         return run(self.trainable_parameters(), x, time.modulation, keys_values)
@@ -305,7 +305,7 @@ class DiT(nn.Module):
         rope = rope_table((h, w), self.config.head_dim, self.config.rope_theta)
         x = x.reshape(B, h * w, d)
         blocks = self[name]
-        kept = []
+        kept: list[mx.array] = []
         for i, (block, kv) in enumerate(zip(blocks, text.keys_values[name], strict=True)):
             if "skip_proj" in block:
                 x = block.skip_proj(mx.concatenate([x, kept.pop()], axis=-1))

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..config import DiTConfig
 from ..errors import SnapGenError, UsageError
+from ..tensors.weights import flat_parameters
 from .dit import DiT
 
 # "projector" stands beside a model while it learns from a teacher (training.distill).
@@ -152,10 +153,10 @@ def group_size(config: DiTConfig) -> int:
 
 def random_supernet(config: DiTConfig) -> dict:
     """Flat parameters of a freshly initialised supernet (uses MLX's global random state)."""
-    params = dict(tree_flatten(DiT(config.variant(len(config.widths) - 1)).parameters()))
+    params = flat_parameters(DiT(config.variant(len(config.widths) - 1)))
     out = {path: a for path, a in params.items() if bank_index(path) is None}
     for i in range(len(config.widths)):
-        sub = dict(tree_flatten(DiT(config.variant(i)).parameters()))
+        sub = flat_parameters(DiT(config.variant(i)))
         out |= {in_bank(p, i): a for p, a in sub.items() if bank_index(p) is not None}
     return out
 

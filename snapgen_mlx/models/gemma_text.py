@@ -144,6 +144,7 @@ class GemmaText(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the raw texts, at most 256 tokens each."""
+        assert self._tokenize is not None
         rows = [self._tokenize(text)[: self.max_tokens] for text in texts]
         longest = max(len(row) for row in rows)
         ids = mx.array([row + [0] * (longest - len(row)) for row in rows])

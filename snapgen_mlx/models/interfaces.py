@@ -4,6 +4,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from ..tensors.weights import Network
+
 
 class AutoencoderConfig(Protocol):
     """Sizes of an autoencoder, known without its weights."""
@@ -26,7 +28,7 @@ class AutoencoderConfig(Protocol):
         """Bytes of activations of decoding a latent (h, w) in tiles, predicted."""
 
 
-class Autoencoder(Protocol):
+class Autoencoder(Network, Protocol):
     """Pictures to latents and back."""
 
     @property
@@ -46,12 +48,19 @@ class Autoencoder(Protocol):
         """
 
 
-class TextEncoder(Protocol):
-    """Texts to token states."""
+class TextStates(Protocol):
+    """Token states of texts."""
 
     @property
     def name(self) -> str:
         """Under which a transformer reads the states (``DiTConfig.text_dims``)."""
+
+    def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
+        """States (B, L, dim) and mask (B, L) bool; True where a token counts."""
+
+
+class TextEncoder(TextStates, Protocol):
+    """Texts to token states, by a network or a table."""
 
     @property
     def max_tokens(self) -> int:
@@ -60,9 +69,6 @@ class TextEncoder(Protocol):
     @property
     def nbytes(self) -> int:
         """Of the weights."""
-
-    def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
-        """States (B, L, dim) and mask (B, L) bool; True where a token counts."""
 
     def encoding_bytes(self) -> int:
         """Bytes of activations of encoding the longest text, predicted."""

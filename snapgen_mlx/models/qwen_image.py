@@ -86,7 +86,7 @@ class TimeCondition:
     embedding: mx.array
     blocks: list[tuple[mx.array, mx.array]]
 
-    def __getitem__(self, i) -> Self:
+    def __getitem__(self, i) -> "TimeCondition":
         return TimeCondition(self.embedding[i], [(a[i], b[i]) for a, b in self.blocks])
 
 
@@ -97,7 +97,7 @@ class TextCondition:
     tokens: mx.array
     mask: mx.array
 
-    def join(self, other: Self) -> Self:
+    def join(self, other: "TextCondition") -> "TextCondition":
         """Both along the batch; the shorter one is padded with masked tokens."""
         length = max(self.mask.shape[1], other.mask.shape[1])
         pair = [
@@ -107,7 +107,7 @@ class TextCondition:
             )
             for c in (self, other)
         ]
-        return TextCondition(*(mx.concatenate(parts) for parts in zip(*pair, strict=True)))
+        return TextCondition(*(mx.concatenate(list(c)) for c in zip(*pair, strict=True)))
 
 
 def pack(x: mx.array, patch: int) -> mx.array:

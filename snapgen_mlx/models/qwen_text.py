@@ -80,6 +80,7 @@ class QwenText(nn.Module):
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the texts within the template, from the text on."""
         end = UNREAD + self.max_tokens
+        assert self._tokenize is not None
         rows = [self._tokenize(TEMPLATE.format(text))[:end] for text in texts]
         longest = max(len(row) for row in rows)
         ids = mx.array([row + [0] * (longest - len(row)) for row in rows])

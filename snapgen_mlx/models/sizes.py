@@ -1,19 +1,18 @@
 """What a network holds: bytes of its weights, and of activations, predicted from sizes."""
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..device import compute_dtype
+from ..tensors.weights import flat_parameters
 
 
 def weight_bytes(module: nn.Module, only: str | tuple[str, ...] = "") -> int:
     """Bytes of a module's weights whose paths start with one of ``only``; none is read."""
-    parameters = tree_flatten(module.parameters())
-    return sum(a.nbytes for path, a in parameters if path.startswith(only))
+    return sum(a.nbytes for path, a in flat_parameters(module).items() if path.startswith(only))
 
 
 def parameter_count(module: nn.Module) -> int:
-    return sum(a.size for _, a in tree_flatten(module.parameters()))
+    return sum(a.size for a in flat_parameters(module).values())
 
 
 def encoding_bytes(heads: int, hidden: int, intermediate: int, tokens: int) -> int:

@@ -67,7 +67,7 @@ class SeparableBlock(nn.Module):
     def __init__(self, channels: int, expansion: int):
         super().__init__()
         hidden = channels * expansion
-        self.norm = nn.RMSNorm(channels, eps=1e-6)
+        self.norm: nn.Module = nn.RMSNorm(channels, eps=1e-6)
         self.dw1 = Depthwise(channels)
         self.pw1 = nn.Linear(channels, hidden)
         self.dw2 = Depthwise(hidden)

@@ -181,7 +181,7 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.base_dim
         self.conv_in = conv3x3(3, dim)
-        self.down_blocks = []
+        self.down_blocks: list[nn.Module] = []
         for level, mult in enumerate(config.dim_mult):
             for _ in range(config.num_res_blocks):
                 self.down_blocks.append(ResidualBlock(dim, config.base_dim * mult))
@@ -248,7 +248,7 @@ class Decoder(nn.Module):
         Cuts never pass the image's border, so that zero padding stands where the network has it:
         the result equals that part of the whole image.
         """
-        size, origin, wanted = x.shape[1:3], (0, 0), (rows, cols)
+        size, origin, wanted = list(x.shape[1:3]), [0, 0], [rows, cols]
         for block, halo in zip(self.up_blocks, self.halos(), strict=True):
             x, origin = _cut(x, origin, wanted, halo, size)
             x = block(x)
@@ -266,7 +266,7 @@ def _cut(x, origin, wanted, halo: int, size):
         for (start, stop), n in zip(wanted, size, strict=True)
     )
     y, z = origin
-    return x[:, top - y : bottom - y, left - z : right - z], (top, left)
+    return x[:, top - y : bottom - y, left - z : right - z], [top, left]
 
 
 class AutoencoderKLQwenImage(nn.Module):

@@ -99,5 +99,6 @@ class WordTransformer(nn.Module):
         Emoji count as their names. A text without any known word gives a row whose mask is False
         throughout.
         """
+        assert self.words is not None
         ids, mask = (mx.array(a) for a in self.words.batch(texts))
         return self(ids, mask), mask

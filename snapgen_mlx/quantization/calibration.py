@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..device import scalar
 from ..loading import load_dit_config
 from ..pipeline import Pipeline
 from ..sampling import Step, denoise, schedule
@@ -70,5 +71,5 @@ def load_widths(model) -> list[Pipeline]:
 
 def psnr(latents: mx.array, reference: mx.array) -> float:
     """Peak signal-to-noise ratio in dB; the peak is the largest magnitude in ``reference``."""
-    error = (latents - reference).square().mean().sqrt().item()
-    return 20 * math.log10(mx.abs(reference).max().item() / error) if error else math.inf
+    error = scalar((latents - reference).square().mean().sqrt())
+    return 20 * math.log10(scalar(mx.abs(reference).max()) / error) if error else math.inf

@@ -24,7 +24,11 @@ def draw(sensitivity: dict, layers: dict[str, int], path) -> None:
     errors, effects, chosen = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
     names, places = list(sensitivity), range(len(sensitivity))
     for bits in BITS:
-        values = [summed(sensitivity, n, lambda e, b=str(bits): e["nmse"][b]) for n in names]
+
+        def error(errors: dict, bits: str = str(bits)) -> float:
+            return errors["nmse"][bits]
+
+        values = [summed(sensitivity, n, error) for n in names]
         errors.semilogy(places, values, ".-", linewidth=0.5, label=f"{bits} bits")
     errors.set_ylabel("output error / power")
     errors.legend(ncols=len(BITS), fontsize="small")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -130,7 +131,7 @@ def quantize(
             for record in tune(model, tmp, prompts, run, options):
                 follow(record)
         written = verify(tmp, [*others, part])
-        report = {
+        report: dict[str, Any] = {
             "backend": form.name,
             "method": recipe.method,
             "bits": average_bits(recipe.layers, shapes),
@@ -299,7 +300,7 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> list[Component]:
 
 def _short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.array]:
     """A LoRA's tensors in 16 bits, or with palettes its matrices in 8."""
-    out = {}
+    out: dict[str, mx.array] = {}
     for key, a in tensors.items():
         # Indices of 8 bits fill whole words, whatever multiple of 4 the rank is.
         if isinstance(form, Palette) and a.ndim == 2 and a.shape[-1] % 4 == 0:
@@ -323,7 +324,7 @@ def _stored(folder: Path, written: dict) -> dict:
 def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
     """PSNR, in dB, of each width's latents from the same noise and text; of pictures of the same
     latents; of the text states."""
-    result = {"psnr": {}}
+    result: dict[str, Any] = {"psnr": {}}
     for float_pipe, pipe in zip(load_widths(model), load_widths(quantized), strict=True):
         theirs = calibration.latents(float_pipe)
         first, last = map(psnr, calibration.latents(pipe), theirs)

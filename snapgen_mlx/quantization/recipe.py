@@ -141,7 +141,7 @@ def _by_mse(sensitivity: dict, shapes: dict, limit: float, kept: set) -> dict[st
     layers = all_at(low)
     left = limit - code_bits(layers, shapes)
     errors = {k: summed(sensitivity, k, lambda e: e["mse"][str(low)]) for k in sensitivity}
-    for layer in sorted(errors, key=errors.get, reverse=True):
+    for layer in sorted(errors, key=lambda layer: errors[layer], reverse=True):
         cost = (8 - layers[layer]) * prod(shapes[layer])
         if cost <= left:
             layers[layer], left = 8, left - cost

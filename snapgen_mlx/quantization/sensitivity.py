@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..device import scalar
 from ..errors import SnapGenError
 from ..files import file_sha256, read_json, write_json
 from ..loading import load_supernet
@@ -112,7 +113,7 @@ def _measure(pipe, config, index: int, layers: list[str], backend, calibration, 
         _, latents = calibration.latents(pipe, EFFECT_PROMPTS)
         module.weight = original
         error = (latents - reference).square().mean() / reference.square().mean()
-        yield layer, errors | {"latents": error.item()}
+        yield layer, errors | {"latents": scalar(error)}
 
 
 def own_path(layer: str) -> str:
@@ -172,8 +173,8 @@ def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backen
     def power(weight: mx.array) -> mx.array:
         return (x @ cut(weight.astype(mx.float32)).T).square().mean()
 
-    whole = max(power(weight).item(), 1e-30)
-    mse = {str(b): power(backend.rounding(weight, b)).item() for b in BITS}
+    whole = max(scalar(power(weight)), 1e-30)
+    mse = {str(b): scalar(power(backend.rounding(weight, b))) for b in BITS}
     return {"mse": mse, "nmse": {b: error / whole for b, error in mse.items()}}
 
 

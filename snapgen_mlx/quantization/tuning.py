@@ -6,7 +6,7 @@ self-distillation, until velocities and final tokens of every width are the floa
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from ..layout import TEXT_FOLDERS
 from ..loading import load_supernet
 from ..lora import LoRALinear
 from ..models.dit import DiT
+from ..pipeline import Pipeline
 from ..sampling import schedule
-from ..tensors.safetensors_io import read_header, save_arrays
+from ..tensors.safetensors_io import load_arrays, read_header, save_arrays
 from ..tensors.weights import weight_files
 from ..training.checkpoint import fingerprint
 from ..training.data import LatentDataset, cached_states
@@ -124,7 +125,9 @@ def tune(
     replace_tensors(folder / "transformer", trainer.weights.mean)
 
 
-def draw_pictures(model: Path, pipe, prompts: list[str], cache: Path) -> Iterator[dict]:
+def draw_pictures(
+    model: Path, pipe: Pipeline, prompts: list[str], cache: Path
+) -> Generator[dict, None, LatentDataset]:
     """The data set of two pictures of each of ``prompts`` by the widest of ``model``; ``pipe`` has
     its text encoders. Yields as ``finetune.draw_prior`` and ``data.cached_states``."""
     latents = yield from draw_prior(model, prompts * 2, cache)
@@ -144,10 +147,11 @@ def options_that_fit(
     memory = replace(ours, beside=ours.frozen + theirs.frozen, trained=trained)
     ways = [options, *(o for _, o in memory.alternatives(options, batch) if not o.lora)]
     usable = usable_memory()
-    fit = next((o for o in ways if memory.peak(o, batch) <= usable), None)
-    if fit is None:
-        memory.check(options, batch)
-    return fit
+    for fit in ways:
+        if memory.peak(fit, batch) <= usable:
+            return fit
+    memory.check(options, batch)  # raises
+    return options
 
 
 def remove_run(run: Path) -> None:
@@ -162,5 +166,5 @@ def remove_run(run: Path) -> None:
 def replace_tensors(folder, arrays: dict[str, mx.array]) -> None:
     """Put ``arrays`` in the place of a component's tensors of these names, in their types."""
     for file in sorted(set(weight_files(folder).values())):
-        order, old = read_header(file), mx.load(str(file))
+        order, old = read_header(file), load_arrays(file)
         save_arrays(file, {k: arrays.get(k, old[k]).astype(old[k].dtype) for k in order})

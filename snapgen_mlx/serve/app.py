@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -131,7 +131,7 @@ def _add_gallery(app: FastAPI, engine: Engine) -> None:
             "content-length": str(length),
         }
         chunks = iter(lambda: file.read(1 << 16), b"")
-        return images.StreamingResponse(chunks, media_type="application/zip", headers=headers)
+        return StreamingResponse(chunks, media_type="application/zip", headers=headers)
 
     @app.get("/gallery/{name}", name="picture")
     def picture(name: str, format: Literal["png", "webp"] = "png"):

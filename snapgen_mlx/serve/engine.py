@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from ..editing import Edit
 from ..errors import SnapGenError, UsageError
 from ..pipeline import Pipeline
+from ..tensors.weights import flat_parameters
 from ..vocabulary import known_words
 from .gallery import Gallery
 
@@ -114,7 +114,7 @@ class Engine:
         self.sources, self.gallery = sources, gallery
         self.queue_length, self.timeout = queue_length, timeout
         self.models: dict[str, dict] = {}  # by name: what ``_describe`` says
-        self._pipelines: OrderedDict[tuple[str, str], Pipeline] = OrderedDict()
+        self._pipelines: OrderedDict[tuple[str, str | None], Pipeline] = OrderedDict()
         self._waiting: deque[Job] = deque()
         self._current: Job | None = None
         self._change = threading.Condition()
@@ -198,7 +198,9 @@ class Engine:
 
     def _pipeline(self, name: str, variant: str | None) -> Pipeline:
         default = self.models.get(name, {}).get("variant")
-        key = name, default if variant in (None, "auto") else variant
+        if variant in (None, "auto"):
+            variant = default
+        key = name, variant
         if key in self._pipelines:
             self._pipelines.move_to_end(key)
             return self._pipelines[key]
@@ -208,7 +210,7 @@ class Engine:
         for (other, _), loaded in self._pipelines.items():
             if other == name:  # the widths of a model share all but the transformer
                 pipe.vae, pipe.encoders = loaded.vae, loaded.encoders
-        for _, weight in tree_flatten(pipe.dit.parameters()):  # now, not with the first picture
+        for weight in flat_parameters(pipe.dit).values():  # now, not with the first picture
             mx.eval(weight)
         self._pipelines[name, pipe.variant] = pipe
         return pipe
@@ -263,7 +265,9 @@ def model_names(models: tuple[str, ...]) -> dict[str, str | None]:
     """
     if not models:
         return {"embedded": None}
-    names = {Path(model.partition("@")[0]).name or model: model for model in models}
+    names: dict[str, str | None] = {
+        Path(model.partition("@")[0]).name or model: model for model in models
+    }
     if len(names) < len(models):
         raise UsageError("two models have the same name; rename a folder")
     return names

@@ -138,7 +138,9 @@ class Guard:
         return [(b"location", b"/"), (b"set-cookie", cookie.encode())]
 
     def _is_token(self, presented: str) -> bool:
-        return hmac.compare_digest(presented.encode("utf-8", "replace"), self.token.encode())
+        return self.token is not None and hmac.compare_digest(
+            presented.encode("utf-8", "replace"), self.token.encode()
+        )
 
 
 def _too_large() -> str:

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,8 +26,10 @@ from .schema import Editing, Generation, check_number
 
 log = logging.getLogger("snapgen_mlx.serve")
 router = APIRouter()
-STATUS = [(UnknownModel, 404, "model_not_found"), (UsageError, 400, "invalid_request")]
-STATUS += [(Busy, 429, "busy"), (Stopping, 503, "stopping"), (Late, 504, "too_late")]
+STATUS: list[tuple[type[Exception], int, str]] = [
+    *((UnknownModel, 404, "model_not_found"), (UsageError, 400, "invalid_request")),
+    *((Busy, 429, "busy"), (Stopping, 503, "stopping"), (Late, 504, "too_late")),
+]
 EDITS = {
     "requestBody": {
         "required": True,
@@ -71,7 +74,7 @@ def _failure(error: Exception) -> tuple[int, dict]:
 
 async def follow(engine: Engine, job: Job, request: Request) -> AsyncIterator:
     """Submit a job and yield its events up to Ended; a client that goes away cancels it."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue()
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def emit(event):
         try:
@@ -99,7 +102,7 @@ async def follow(engine: Engine, job: Job, request: Request) -> AsyncIterator:
 def encode(image: Image.Image, fields: Generation) -> str:
     """A picture as a file in base64."""
     kind, quality = fields.output_format or "png", fields.output_compression
-    options = {"format": kind}
+    options: dict[str, Any] = {"format": kind}
     if kind == "jpeg":
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -153,7 +156,7 @@ async def answer(fields: Generation, request: Request, kind: str, **more):
         raise UsageError("this model draws on white; leave out background, or name another model")
     job = Job(
         prompts=prompts,
-        emit=None,
+        emit=lambda event: None,  # ``follow`` sets it
         seeds=fields.seeds(random.randrange(2**32)),
         model=fields.model,
         variant=fields.variant,
@@ -197,10 +200,11 @@ def _facts(event: Picture) -> dict:
 
 async def _stream(first, events, fields: Generation, kind: str) -> AsyncIterator[str]:
     shown = 0
-    common = {"background": fields.background or "auto", "quality": "auto"}
+    common: dict[str, Any] = {"background": fields.background or "auto", "quality": "auto"}
     common["output_format"] = fields.output_format or "png"
     event = first
     while event is not None:
+        data: dict[str, Any] | None = None
         if isinstance(event, Progress):
             data = {
                 "type": f"{kind}.progress",
@@ -231,8 +235,6 @@ async def _stream(first, events, fields: Generation, kind: str) -> AsyncIterator
             }
         elif event.error:
             data = {"type": "error", **_failure(event.error)[1]}
-        else:
-            data = None
         if data:
             yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n"
         event = await anext(events, None)

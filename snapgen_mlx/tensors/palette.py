@@ -29,7 +29,7 @@ def kmeans(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
     if len(values) <= k:
         return np.pad(values, (0, k - len(values)), mode="edge")
     number, total, power = (np.concatenate([[0], np.cumsum(counts * values**i)]) for i in range(3))
-    cuts = _partition(*_cells(values, counts, number, total, power), k)
+    cuts = _partition(_cells(values, counts, number, total, power), k)
     for _ in range(ITERATIONS):
         size = np.diff(number[cuts])
         first = values[np.minimum(cuts[:-1], len(values) - 1)]
@@ -55,8 +55,9 @@ def _cells(values, counts, *sums) -> list[np.ndarray]:
     return [ends, *(a[ends] for a in sums)]
 
 
-def _partition(ends, n, s, q, k: int) -> np.ndarray:
+def _partition(cells: list[np.ndarray], k: int) -> np.ndarray:
     """Bounds (k + 1,) of the k clusters of whole cells that have the least squared error."""
+    ends, n, s, q = cells
     # A cluster has some CELLS / k cells; ten times as many are looked at.
     longest = min(len(ends), 10 * len(ends) // k + 1)
     start = np.arange(len(ends))[:, None] - np.arange(longest)  # of a cluster, by its end
@@ -105,8 +106,8 @@ def pack(indices: np.ndarray, bits: int) -> np.ndarray:
     """(..., n) uint8 below 2^bits -> (..., n·bits/32) uint32, the first index lowest; n·bits is a
     multiple of 32."""
     stream = (indices[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-    stream = np.packbits(stream.reshape(*indices.shape[:-1], -1), axis=-1, bitorder="little")
-    return stream.view("<u4")
+    packed = np.packbits(stream.reshape(*indices.shape[:-1], -1), axis=-1, bitorder="little")
+    return packed.view("<u4")
 
 
 def float_shape(packed: tuple[int, ...], palette: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -134,7 +134,7 @@ def load_arrays(path) -> dict[str, mx.array]:
     """
     header = read_header(path)
     if all(info.dtype in DTYPES for info in header.values()):
-        return mx.load(str(path))
+        return cast(dict[str, mx.array], mx.load(str(path)))
     return {key: read_array(path, key, info) for key, info in header.items()}
 
 
@@ -223,7 +223,8 @@ def write_tensors(
     Only one array is held at a time. Raises SnapGenError when an array is not what ``infos``
     promised; OSError (disk full) passes through.
     """
-    header, position = {"__metadata__": {**(metadata or {}), "format": form}}, 0
+    header: dict[str, dict] = {"__metadata__": {**(metadata or {}), "format": form}}
+    position = 0
     for key, (dtype, shape) in infos.items():
         stop = position + math.prod(shape) * dtype.size
         entry = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
@@ -237,7 +238,7 @@ def write_tensors(
                 raise SnapGenError(f"{key}: {array.dtype} {array.shape} instead of {promise}")
             if array.dtype == mx.bfloat16:
                 array = array.view(mx.uint16)
-            f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+            f.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
 
 def save_arrays(path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:

@@ -9,8 +9,10 @@ from ..files import read_json, write_json
 
 EXTENSIONS = ("safetensors", "bin", "pt", "pth")
 # What diffusers, transformers, open_clip and MLX call the weights, in order of preference.
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model")
-STEMS += ("open_clip_pytorch_model",)
+STEMS = (
+    *("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model"),
+    "open_clip_pytorch_model",
+)
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 

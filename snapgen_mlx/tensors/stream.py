@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..device import scalar
 from ..errors import SnapGenError, name_keys
 from ..files import atomic_write, write_json
 from . import palette
@@ -232,7 +233,7 @@ def _count_nonfinite(a: mx.array) -> int:
     if not mx.issubdtype(a.dtype, mx.floating) or not a.size:
         return 0
     extremes = mx.stack([a.max(), a.min()])  # NaN wins both; unlike isfinite they need no memory
-    return 0 if mx.isfinite(extremes).all() else (~mx.isfinite(a)).sum().item()
+    return 0 if mx.isfinite(extremes).all() else int(scalar((~mx.isfinite(a)).sum()))
 
 
 def verify(folder: Path, components: Iterable[Component]) -> dict[str, dict]:

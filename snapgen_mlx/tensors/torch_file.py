@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +58,8 @@ class StoredTensor(NamedTuple):
 
 class _Record:
     """Stands for an object that is never made; holds the state it would have been given."""
+
+    state: Any
 
     def __new__(cls, *args):
         record = super().__new__(cls)
@@ -138,13 +140,13 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self):
         # Keep the state as data: BUILD would otherwise call __setstate__ or set attributes.
-        state, target = self.stack.pop(), self.stack[-1]
+        state, target = self.stack.pop(), self.stack[-1]  # type: ignore[attr-defined]
         if isinstance(target, _Record):
             target.state = state
         elif not isinstance(target, OrderedDict):  # a state_dict carries only versions there
             raise ValueError(f"state for {type(target).__name__}")
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
 
 def unpickle(data: bytes, where):
@@ -225,7 +227,7 @@ class TorchFile:
                 "checkpoint): load it with PyTorch and save it again, best as safetensors"
             )
         self._zip = TorchZip(path, path)
-        self._tensors = {}
+        self._tensors: dict[str, StoredTensor] = {}
         with reading(path):
             for key, tensor in _flatten(self._zip.content):
                 if key in self._tensors:

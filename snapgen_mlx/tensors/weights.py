@@ -1,9 +1,9 @@
 """The weights of one component's folder, strictly: every key, shape and length is checked."""
 
 from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import SnapGenError, name_keys
@@ -22,7 +22,7 @@ def weight_files(folder) -> dict[str, Path]:
     index = folder / INDEX
     if not index.is_file():
         return dict.fromkeys(read_header(folder / SINGLE), folder / SINGLE)
-    files = {}
+    files: dict[str, Path] = {}
     for name, keys in read_index(index).items():
         held = read_header(folder / name)
         check_shard(index, name, keys, held)
@@ -60,9 +60,29 @@ def save_tensors(folder, tensors: dict[str, mx.array], max_shard_bytes: int = 4 
         write_index(folder, STEM, weight_map, sum(a.nbytes for a in tensors.values()))
 
 
-def assign(module: nn.Module, tensors: dict[str, mx.array], where) -> nn.Module:
+class Network(Protocol):
+    """What can be given weights: an ``nn.Module``, or a part of a model by its protocol."""
+
+    def parameters(self) -> Any: ...
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> Any: ...
+
+
+N = TypeVar("N", bound=Network)
+
+
+def flat_parameters(module: Network) -> dict[str, mx.array]:
+    """A module's parameters by their paths."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(module.parameters())))
+
+
+def parameter_shapes(module: Network) -> dict[str, tuple[int, ...]]:
+    return {path: a.shape for path, a in flat_parameters(module).items()}
+
+
+def assign(module: N, tensors: dict[str, mx.array], where) -> N:
     """Give ``module`` exactly these weights; any missing, extra or misshapen key is an error."""
-    expected = {k: a.shape for k, a in tree_flatten(module.parameters())}
+    expected = parameter_shapes(module)
     for what, keys in (
         ("lacks", expected.keys() - tensors),
         ("has an extra", tensors - expected.keys()),

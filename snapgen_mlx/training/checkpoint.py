@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError
 from ..files import atomic_write, file_sha256
-from ..tensors.safetensors_io import save_arrays
+from ..tensors.safetensors_io import load_arrays, save_arrays
 
 KEEP = 2
 
@@ -76,7 +76,7 @@ def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
     0), lest it be counted among the last two. Raises SnapGenError when states are there but none is
     whole.
     """
-    states, damaged = _states(Path(folder)), []
+    states, damaged = _states(Path(folder)), list[Path]()
     for path in states:
         weights = path.with_suffix(".safetensors")
         try:
@@ -91,7 +91,7 @@ def load_state(folder) -> tuple[dict[str, mx.array], dict] | None:
             if mx.distributed.init().rank() == 0:
                 for other in damaged:
                     other.unlink(missing_ok=True)
-            return mx.load(str(weights)), info
+            return load_arrays(weights), info
         damaged.append(path)
     if states:
         raise SnapGenError(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ import numpy as np
 from ..config import DiTConfig
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..models.interfaces import Autoencoder, TextEncoder, TextStates
 from ..tensors.safetensors_io import TensorInfo, as_array, numpy_kind, read_header, save_arrays
 from .pictures import Example, load_image
 
@@ -47,7 +48,7 @@ def nearest_size(aspect: float, sizes: list[tuple[int, int]]) -> tuple[int, int]
 
 
 def encode_images(
-    vae,
+    vae: Autoencoder,
     files: list[Path],
     size: tuple[int, int],
     mirror: bool = False,
@@ -61,13 +62,13 @@ def encode_images(
 
 
 def cached_latents(
-    load_vae: Callable,
+    load_vae: Callable[[], Autoencoder],
     key: str,
     examples: list[Example],
     sizes: list[tuple[int, int]],
     cache: Path,
     mirror: bool = False,
-) -> Iterator[dict]:
+) -> Generator[dict, None, list[np.ndarray]]:
     """Latents of ``examples`` from the folder ``cache``, or encoded and, by process 0, kept there.
 
     Each picture has the one of ``sizes`` that is nearest to its aspect, and a file, whose name
@@ -75,10 +76,11 @@ def cached_latents(
     weights. Neither the time of files nor their names count. Yields a record after each batch
     encoded; the generator's value is a list of arrays (h, w, C).
     """
-    buckets = {}
+    buckets: dict[tuple[int, int], list[int]] = {}
     for i, example in enumerate(examples):
         buckets.setdefault(nearest_size(example.aspect, sizes), []).append(i)
-    out, done = [None] * len(examples), 0
+    out: dict[int, np.ndarray] = {}
+    done = 0
     writes = mx.distributed.init().rank() == 0
     for size, rows in buckets.items():
         paths, missing = {}, []
@@ -100,17 +102,20 @@ def cached_latents(
                         np.save(tmp, a)
             done += len(batch)
             yield {"encoded": done, "pictures": len(examples)}
-    return out
+    return [out[i] for i in range(len(examples))]
 
 
-def cached_states(encoders: list, key: str, texts: Iterable[str], cache: Path) -> Iterator[dict]:
+def cached_states(
+    encoders: list[TextEncoder], key: str, texts: Iterable[str], cache: Path
+) -> Generator[dict, None, "list[CachedText]"]:
     """States of ``texts`` by each of ``encoders``, in the folder ``cache`` as ``cached_latents``.
 
     ``key`` stands for the encoders' weights and vocabularies. Yields a record after each file
     encoded; the generator's value is a ``CachedText`` for each of ``encoders``, which may go.
     """
     texts = list(dict.fromkeys(texts))
-    places, temporary = {encoder.name: {} for encoder in encoders}, None
+    places: dict[str, dict[str, tuple[Path, TensorInfo]]] = {e.name: {} for e in encoders}
+    temporary = None
     for start in range(0, len(texts), TEXTS):
         chunk = texts[start : start + TEXTS]
         path = cache / f"{digest([key, chunk])}.safetensors"
@@ -130,15 +135,16 @@ def cached_states(encoders: list, key: str, texts: Iterable[str], cache: Path) -
     return [CachedText(name, found, temporary) for name, found in places.items()]
 
 
-def unpadded_states(encoders: list, texts: list[str]) -> dict[str, mx.array]:
+def unpadded_states(encoders: list[TextEncoder], texts: list[str]) -> dict[str, mx.array]:
     """{"ENCODER/INDEX": states (L, dim)} of each text without its padding."""
     out = {}
     for start in range(0, len(texts), ENCODE_BATCH):
         for encoder in encoders:
             states, mask = encoder.encode(texts[start : start + ENCODE_BATCH])
             mx.eval(states, mask)
-            for i, (row, length) in enumerate(zip(states, mask.sum(axis=1).tolist(), strict=True)):
-                out[f"{encoder.name}/{start + i}"] = row[:length]
+            lengths = np.array(mask.sum(axis=1)).tolist()
+            for i, length in enumerate(lengths):
+                out[f"{encoder.name}/{start + i}"] = states[i, :length]
     return out
 
 
@@ -186,7 +192,7 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
 PADDED_TO = {"clip": 77, "gemma": 64, "qwen": 64}  # multiples, tokens
 
 
-def encode_text(encoders: list, prompts: list[str]) -> tuple[dict, dict]:
+def encode_text(encoders: Sequence[TextStates], prompts: list[str]) -> tuple[dict, dict]:
     """States and masks by encoder, padded to few lengths: each is traced and compiled anew."""
     text, masks = {}, {}
     for encoder in encoders:
@@ -204,10 +210,16 @@ class LatentDataset:
     mirrored: the latents of the mirrored pictures, where these are drawn as often.
     """
 
-    def __init__(self, latents, captions: list[list[str]], encoders: list, mirrored=None):
+    def __init__(
+        self,
+        latents: Sequence[np.ndarray],
+        captions: list[list[str]],
+        encoders: Sequence[TextStates],
+        mirrored: Sequence[np.ndarray] | None = None,
+    ):
         self.latents, self.captions, self.encoders = latents, captions, encoders
         self.mirrored = mirrored
-        buckets = {}
+        buckets: dict[tuple[int, ...], list[int]] = {}
         for i, a in enumerate(latents):
             buckets.setdefault(a.shape, []).append(i)
         self.buckets = [np.array(rows) for rows in buckets.values()]
@@ -241,6 +253,8 @@ class LatentDataset:
         for encoder in self.encoders:
             name = encoder.name
             masks[name] = masks[name] & mx.array(rng.random(size) >= dropout)[:, None]
-        turned = np.zeros(size) if self.mirrored is None else rng.integers(2, size=size)
-        x0 = [(self.mirrored if m else self.latents)[i] for i, m in zip(rows, turned, strict=True)]
+        x0 = [self.latents[i] for i in rows]
+        if self.mirrored is not None:
+            turned = rng.integers(2, size=size)
+            x0 = [self.mirrored[i] if m else a for i, m, a in zip(rows, turned, x0, strict=True)]
         return mx.array(np.stack(x0)), text, masks

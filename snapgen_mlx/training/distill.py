@@ -6,10 +6,11 @@ tokens, which a Linear per width, phi, maps the student's to.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from ..layout import few_step_lora, load_config
 from ..loading import load_dit
 from ..lora import LoRALinear, Update, load_lora
 from ..models.dit import DiT
+from ..models.interfaces import TextEncoder
 from ..models.sizes import weight_bytes
 from ..sampling import guide
 from ..text_loading import load_text_encoders
@@ -35,13 +37,40 @@ PROJECTOR = "projector"
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
-class Teacher:
+class Teacher(Protocol):
+    """What can teach: its velocities are of the student's latents, its tokens of any grid.
+
+    Args: features, channels of its tokens; fingerprint, what a run's state and cached texts of it
+        belong to; nbytes, of its weights; is_few_step, whether it has a 4-step form.
+    """
+
+    features: int
+    fingerprint: str
+
+    @property
+    def is_few_step(self) -> bool: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def text_encoders(self) -> list[TextEncoder]:
+        """Those that it needs beside the student's."""
+
+    def velocity(self, x_t, t, text, masks, guidance: float = 1.0) -> mx.array:
+        """Velocity (B, H, W, C) float32 at x_t, t (B,); guided against the empty text."""
+
+    def outputs(
+        self, x_t, t, text, masks, guidance: float = 1.0, few_step: bool = False
+    ) -> tuple[mx.array, mx.array]:
+        """Velocity (B, H, W, C), guided against the empty text, and final tokens (B, h, w, d), of
+        the 4-step model when ``few_step``; tokens are standardised, both float32."""
+
+
+class ModelTeacher:
     """A frozen SnapGen++ model of one width.
 
-    Any model with these methods can teach: its velocities are of the student's latents, its
-    tokens of any grid and of ``features`` channels. Args: few_step, the updates of a LoRA that
-    makes it a 4-step model; own_text, the model folder whose text encoders it reads, if these are
-    not the student's; fingerprint, what a run's state and cached texts of it belong to.
+    Args: few_step, the updates of a LoRA that makes it a 4-step model; own_text, the model folder
+        whose text encoders it reads, if these are not the student's; fingerprint, see ``Teacher``.
     """
 
     def __init__(
@@ -55,18 +84,19 @@ class Teacher:
         self.features = model.config.hidden_size
         self._names = list(model.config.text_dims)
         mx.eval(model.parameters())
-        self._models = {False: model, True: few_step and with_lora(model, few_step)}
+        self._model = model
+        self._few_step = with_lora(model, few_step) if few_step else None
 
     @property
     def is_few_step(self) -> bool:
-        return bool(self._models[True])
+        return self._few_step is not None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return weight_bytes(self._models[False])
+        return weight_bytes(self._model)
 
-    def text_encoders(self) -> list:
+    def text_encoders(self) -> list[TextEncoder]:
         """Those that it needs beside the student's."""
         return load_text_encoders(self.own_text) if self.own_text else []
 
@@ -79,7 +109,7 @@ class Teacher:
     ) -> tuple[mx.array, mx.array]:
         """Velocity (B, H, W, C), guided against the empty text, and final tokens (B, h, w, d), of
         the 4-step model when ``few_step``; tokens are standardised, both float32."""
-        model = self._models[few_step]
+        model = self._few_step if few_step and self._few_step else self._model
         v, tokens = velocity_and_tokens(model, x_t, t, *self._text(text, masks), guidance)
         return v, mx.fast.layer_norm(tokens, None, None, 1e-6)
 
@@ -87,8 +117,8 @@ class Teacher:
         """What it reads: its own states, but for samples whose text the student is not given."""
         if not self.own_text:
             return text, masks
-        given = [mask for name, mask in masks.items() if not name.startswith(TEACHER)]
-        given = mx.any(mx.concatenate(given, axis=1), axis=1, keepdims=True)
+        own = [mask for name, mask in masks.items() if not name.startswith(TEACHER)]
+        given = mx.any(mx.concatenate(own, axis=1), axis=1, keepdims=True)
         names = [name for name in self._names if TEACHER + name in text]
         return (
             {name: text[TEACHER + name] for name in names},
@@ -128,7 +158,7 @@ def velocity_and_tokens(
     return v, tokens[:B].astype(mx.float32)
 
 
-def load_teacher(folder, student, few_step=None) -> Teacher:
+def load_teacher(folder, student, few_step=None) -> ModelTeacher:
     """A model folder's full width as a teacher of the model folder ``student``.
 
     few_step: the file of a LoRA that makes it a 4-step model; one that lies in its folder is taken
@@ -145,7 +175,7 @@ def load_teacher(folder, student, few_step=None) -> Teacher:
     digest = fingerprint(folder / "transformer", *theirs)
     if few_step:
         digest += file_sha256(few_step)
-    return Teacher(load_dit(folder), updates, own_text, digest)
+    return ModelTeacher(load_dit(folder), updates, own_text, digest)
 
 
 class TaughtDataset(LatentDataset):
@@ -157,11 +187,13 @@ class TaughtDataset(LatentDataset):
 
     def text(self, prompts: list[str]) -> tuple[dict, dict]:
         own, theirs = super().text(prompts), encode_text(self.taught, prompts)
-        named = ({TEACHER + k: a for k, a in d.items()} for d in theirs)
-        return tuple(a | b for a, b in zip(own, named, strict=True))
+        states, masks = ({TEACHER + k: a for k, a in d.items()} for d in theirs)
+        return own[0] | states, own[1] | masks
 
 
-def teach(teacher, sets: list[LatentDataset], cache: Path) -> Iterator[dict]:
+def teach(
+    teacher: Teacher, sets: list[LatentDataset], cache: Path
+) -> Generator[dict, None, list[LatentDataset]]:
     """``sets`` with captions as the teacher reads them too; yields as ``data.cached_states``."""
     encoders = teacher.text_encoders()
     if not encoders:
@@ -223,7 +255,14 @@ class KDTrainer(ElasticTrainer):
     """Trains every width with L_KD; the phi of each stands in a bank beside its parameters."""
 
     def __init__(
-        self, config: DiTConfig, params: dict, options: KDOptions, models=None, base="", *, teacher
+        self,
+        config: DiTConfig,
+        params: dict,
+        options: KDOptions,
+        models=None,
+        base="",
+        *,
+        teacher: Teacher,
     ):
         keys = mx.random.split(mx.random.key(0), len(config.widths))
         for i, key in enumerate(keys):
@@ -255,6 +294,6 @@ class KDTrainer(ElasticTrainer):
         return super().identity() | {"teacher": self.teacher.fingerprint}
 
 
-def _outputs(teacher, x_t, t, text, masks) -> dict[str, mx.array]:
+def _outputs(teacher: Teacher, x_t, t, text, masks) -> dict[str, mx.array]:
     v, features = teacher.outputs(x_t, t, text, masks)
     return {"v_teacher": v, "f_teacher": features}

@@ -31,7 +31,6 @@ class ElasticOptions(AdamOptions):
     shift: float = 1.0  # of the training timesteps; ``finetune`` sets ``training_shift``
     distill: float = 1.0  # weight of Eq. 5
     adaptive: bool = True
-    lora: int | None = None  # rank; None trains all weights
     subnets: str = "one"  # narrower widths per step: one drawn uniformly, or "all" (sandwich rule)
 
 
@@ -82,8 +81,8 @@ class ElasticTrainer:
 
     def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
         dtype = compute_dtype()  # of the copies computed with; those trained stay float32
-        own = [(k, a.astype(dtype)) for k, a in own.items()]
-        self.models[index].update(tree_unflatten(own))
+        cast = [(k, a.astype(dtype)) for k, a in own.items()]
+        self.models[index].update(tree_unflatten(cast))
         return self.models[index]
 
     def release(self) -> None:
@@ -121,23 +120,24 @@ class ElasticTrainer:
 
     def _pass(self, index: int, parts: list, guides: list) -> tuple[dict, dict, list]:
         """A width's mean losses and gradients over micro-batches and processes; velocities."""
-        total, velocities = None, []
+        losses: dict[str, mx.array] = {}
+        grads: dict[str, mx.array] = {}
+        velocities = []
         for (batch, target), guide in zip(parts, guides, strict=True):
-            losses, v, grads = self._grads[index](self.weights.params, batch, target, guide)
+            new_losses, v, new = self._grads[index](self.weights.params, batch, target, guide)
             velocities.append(v)
-            now = losses, grads
-            total = tuple(map(add_arrays, total, now)) if total else now
+            losses = add_arrays(losses, new_losses) if losses else new_losses
+            grads = add_arrays(grads, new) if grads else new
             # The graph of one micro-batch and width is freed before the next is built.
-            mx.eval(losses, v)
+            mx.eval(new_losses, v)
             if self.options.checkpoint:
                 for path in sorted(grads, key=backward_order):
-                    mx.eval(total[1][path])
-            mx.eval(total)
+                    mx.eval(grads[path])
+            mx.eval(losses, grads)
         # The model must not hold on to weights that the update replaces.
         self._bind(index, {k: mx.zeros(g.shape) for k, g in grads.items()})
         if len(parts) > 1:
-            total = ({k: a / len(parts) for k, a in d.items()} for d in total)
-        losses, grads = total
+            losses, grads = ({k: a / len(parts) for k, a in d.items()} for d in (losses, grads))
         return mean_over_processes(losses), mean_over_processes(grads), velocities
 
     def _merge(self, index, grads, sub, ratio):

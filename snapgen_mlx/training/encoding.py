@@ -1,7 +1,7 @@
 """Data sets of a model folder: pictures and captions encoded by it, and pictures it draws."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +19,9 @@ from .data import LatentDataset, bucket_sizes, cached_latents, cached_states, di
 from .pictures import Example
 
 
-def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
+def draw_prior(
+    model: Path, prompts: list[str], cache: Path
+) -> Generator[dict, None, list[np.ndarray]]:
     """Latents of the pictures that the widest variant of ``model`` draws of ``prompts``, from the
     folder ``cache`` where they are there.
 
@@ -28,7 +30,8 @@ def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
     """
     pipe = Pipeline(model, load_dit_config(model).variants[-1], keep_encoders=False)
     key = fingerprint(model / "transformer", model / FEW_STEP)
-    out, missing = [None] * len(prompts), {}
+    out: dict[int, np.ndarray] = {}
+    missing: dict[int, Path] = {}
     for i, prompt in enumerate(prompts):
         name = digest([key, prompt, i])
         path = cache / f"prior-{name}.npy"
@@ -45,7 +48,7 @@ def draw_prior(model: Path, prompts: list[str], cache: Path) -> Iterator[dict]:
             with atomic_write(path) as tmp:
                 np.save(tmp, out[i])
         yield {"drawn": i + 1, "prompts": len(prompts)}
-    return out
+    return [out[i] for i in range(len(prompts))]
 
 
 def encode_data(
@@ -54,7 +57,7 @@ def encode_data(
     cache: Path,
     flip: bool = False,
     prior: list[str] | None = None,
-) -> Iterator[dict]:
+) -> Generator[dict, None, list[LatentDataset]]:
     """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
 
     The first part alone is flipped, and gets the ``draw_prior`` of the prompts ``prior``. Yields a
@@ -67,7 +70,8 @@ def encode_data(
     size, pixels = picture_size(load_config(model)), load_vae_config(model).downsampling
     sizes = bucket_sizes(size, load_dit_config(model), pixels)
     vae, key = functools.cache(functools.partial(load_vae, model)), fingerprint(model / "vae")
-    latents, mirrored = [], [None] * len(parts)
+    latents: list[list[np.ndarray]] = []
+    mirrored: list[list[np.ndarray] | None] = [None] * len(parts)
     for part in parts:
         latents.append((yield from cached_latents(vae, key, part, sizes, cache)))
     if flip:
@@ -77,7 +81,8 @@ def encode_data(
     if prior:
         drawn = yield from draw_prior(model, prior, cache)
         latents[0] = [*latents[0], *drawn]
-        mirrored[0] = mirrored[0] and [*mirrored[0], *drawn]
+        if mirrored[0]:
+            mirrored[0] = [*mirrored[0], *drawn]
     mx.clear_cache()
 
     key = fingerprint(*(model / name for name in TEXT_FOLDERS))

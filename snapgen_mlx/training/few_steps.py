@@ -81,7 +81,7 @@ def distill_few_steps(
         write_model(model, output, dit.config, weights, FEW_STEPS)
 
 
-def few_steps_memory(model: Path, dit: DiT, teacher, rank: int) -> TrainingMemory:
+def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> TrainingMemory:
     """Predicts what distilling one width of a model folder needs."""
     # The critic: its LoRA in float32, Adam's two moments and gradients.
     critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
@@ -91,8 +91,8 @@ def few_steps_memory(model: Path, dit: DiT, teacher, rank: int) -> TrainingMemor
 
 def to_watch(data: LatentDataset) -> LatentDataset:
     """A few captions of ``data``, evenly spread, each SEEDS times in a row."""
-    rows = data.buckets[0]
-    n = min(CAPTIONS, len(rows))
-    rows = [rows[i * len(rows) // n] for i in range(n) for _ in range(SEEDS)]
-    latents, captions = ([a[i] for i in rows] for a in (data.latents, data.captions))
-    return LatentDataset(latents, captions, data.encoders)
+    bucket = data.buckets[0]
+    n = min(CAPTIONS, len(bucket))
+    rows = [bucket[i * len(bucket) // n] for i in range(n) for _ in range(SEEDS)]
+    captions = [data.captions[i] for i in rows]
+    return LatentDataset([data.latents[i] for i in rows], captions, data.encoders)

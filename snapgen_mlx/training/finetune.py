@@ -7,12 +7,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..device import scalar
 from ..layout import load_config, picture_size
 from ..loading import load_dit, load_dit_config, load_float_supernet
 from ..models.elastic import empty_models, slice_flat
 from ..tensors.weights import assign
 from .checkpoint import fingerprint
-from .distill import KDTrainer, teach, without_projectors
+from .distill import KDTrainer, Teacher, teach, without_projectors
 from .elastic_trainer import ElasticOptions, ElasticTrainer
 from .encoding import encode_data
 from .flow_matching import training_shift
@@ -35,7 +36,7 @@ def finetune(
     flip: bool = False,
     prior: list[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
-    teacher=None,
+    teacher: Teacher | None = None,
 ) -> Iterator[dict]:
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
@@ -69,7 +70,8 @@ def finetune(
     if mx.distributed.init().rank() == 0:
         captions = [e.captions[0] for e in parts[-1]]
         report = Report(output / "run", model, captions, options)
-    for record in train(trainer, sets[0], output / "run", options, *sets[1:], stop=stop):
+    held_out = sets[1] if validation else None
+    for record in train(trainer, sets[0], output / "run", options, held_out, stop):
         yield record
         if report:
             report.update(record, trainer)
@@ -91,19 +93,23 @@ def finetune(
             raise nothing_changed("picture", record)
         yield {f"picture_change/{name}": value for name, value in pictures.items()}
     if elastic.lora:
-        captions = (caption for example in examples for caption in example.captions)
-        about = about_training(model, trainer.config.variants, captions)
+        texts = (caption for example in examples for caption in example.captions)
+        about = about_training(model, trainer.config.variants, texts)
         save_lora(output / LORA, weights, about)
     else:
         write_model(model, output, trainer.config, weights)
 
 
-def make_trainer(model: Path, options: ElasticOptions, seed: int, teacher=None) -> ElasticTrainer:
+def make_trainer(
+    model: Path, options: ElasticOptions, seed: int, teacher: Teacher | None = None
+) -> ElasticTrainer:
     """A trainer of all weights of a model folder, in floats, or of LoRA matrices beside them.
 
     Raises SnapGenError for damaged or foreign weights.
     """
-    make = functools.partial(KDTrainer, teacher=teacher) if teacher else ElasticTrainer
+    make: Callable[..., ElasticTrainer] = ElasticTrainer
+    if teacher:
+        make = functools.partial(KDTrainer, teacher=teacher)
     base = fingerprint(model / "transformer")
     if not options.lora:
         config, params = load_float_supernet(model)
@@ -129,5 +135,5 @@ def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[st
             {k: a.astype(mx.float32) for k, a in slice_flat(p, config, i).items()}
             for p in (before, params)
         )
-        change[name] = (global_norm({k: new[k] - old[k] for k in old}) / global_norm(old)).item()
+        change[name] = scalar(global_norm({k: new[k] - old[k] for k in old}) / global_norm(old))
     return change

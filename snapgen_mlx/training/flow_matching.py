@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ..device import scalar
 from ..models.dit import DiT
 
 
@@ -29,6 +30,6 @@ def validation_loss(model: DiT, batches) -> float:
     for x0, eps, t, text, masks in batches:
         x_t, target = add_noise(x0, eps, t)
         error = model(x_t, t, text, masks).astype(mx.float32) - target
-        total += error.square().mean().item() * len(x0)
+        total += scalar(error.square().mean()) * len(x0)
         n += len(x0)
     return total / n

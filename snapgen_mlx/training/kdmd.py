@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..device import compute_dtype
+from ..device import compute_dtype, scalar
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
 from .distill import (
     PROJECTOR,
+    Teacher,
     feature_loss,
     projector,
     projector_of,
@@ -29,7 +30,7 @@ from .lora_training import lora_params
 from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
 
 SHIFT = FEW_STEPS["shift"]
-SIGMAS = schedule(FEW_STEPS["steps"], SHIFT)
+SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
 TAU_RANGE = (0.02, 0.98)
 BINS = 4  # of tau, in which the critic's loss is reported
 
@@ -87,14 +88,14 @@ class LoRAWeights(Averaged):
 class KDMDTrainer:
     """Trains the LoRAs of student and critic beside ``model``, one width with LoRA layers.
 
-    Args: teacher, a ``distill.Teacher`` or another with its methods; fingerprints, what a saved
+    Args: teacher, see ``distill.Teacher``; fingerprints, what a saved
         state belongs to, by "base" and "teacher"; watch, called by ``validate``.
     """
 
     def __init__(
         self,
         model: DiT,
-        teacher,
+        teacher: Teacher,
         options: KDMDOptions,
         seed: int = 0,
         fingerprints: dict | None = None,
@@ -203,34 +204,38 @@ class KDMDTrainer:
         Args: x0 (B, H, W, C), used with ``noised_real`` alone; encoder states; ``noise`` and k of
             ``draw``. Returns scalars by name.
         """
-        turn = (self.steps.item() + 1) % self.turns == 0
+        turn = (scalar(self.steps) + 1) % self.turns == 0
         parts = self.options.accumulate
         n = len(x0) // parts
-        metrics, student, critic, losses = {}, None, None, []
+        metrics: dict[str, mx.array] = {}
+        of_student: dict[str, mx.array] = {}  # gradients
+        of_critic: dict[str, mx.array] = {}
+        losses: list[mx.array] = []
         for i in range(0, len(x0), n):
-            x, *rest = (take_rows(d, i, i + n) for d in ({"": x0}, text, masks, noise))
-            of_student, of_critic = self._pass(x[""], *rest, k, turn)
-            if turn:
-                student = tuple(map(add_arrays, student, of_student)) if student else of_student
-            if self.critic:
-                losses.append(of_critic[0])
-                critic = add_arrays(critic, of_critic[1]) if critic else of_critic[1]
+            part = (take_rows(d, i, i + n) for d in (text, masks, noise))
+            student, critic = self._pass(x0[i : i + n], *part, k=k, turn=turn)
+            if student:
+                metrics = add_arrays(metrics, student[0]) if metrics else student[0]
+                of_student = add_arrays(of_student, student[1]) if of_student else student[1]
+            if critic:
+                losses.append(critic[0])
+                of_critic = add_arrays(of_critic, critic[1]) if of_critic else critic[1]
             # The graph of one micro-batch is freed before the next is built.
-            mx.eval(student, critic, losses)
+            mx.eval(metrics, of_student, of_critic, losses)
         if turn:
-            metrics, grads = ({k: a / parts for k, a in d.items()} for d in student)
+            metrics, grads = ({k: a / parts for k, a in d.items()} for d in (metrics, of_student))
             metrics = mean_over_processes(metrics)
             metrics["grad/student"] = self.student.update(mean_over_processes(grads))
         if self.critic:
             of_all = (mx.concatenate(losses), noise["tau/critic"])
             metrics |= by_tau(*map(mx.distributed.all_gather, of_all))
-            grads = {k: a / parts for k, a in critic.items()}
+            grads = {k: a / parts for k, a in of_critic.items()}
             metrics["grad/critic"] = self.critic.update(mean_over_processes(grads))
         self.steps = self.steps + 1
         mx.eval(self.state(), metrics)
         return metrics
 
-    def _pass(self, x0, text, masks, noise, k: int, turn: bool):
+    def _pass(self, x0, text, masks, noise, *, k: int, turn: bool):
         """Metrics and gradients of the student, on its turn; losses and gradients of the critic."""
         t = [mx.full(len(x0), sigma) for sigma in SIGMAS]
         x, params = noise["x"], self.student.params
@@ -244,7 +249,7 @@ class KDMDTrainer:
             y = self._jump(params, x, t[k], t[-1], text, masks)
         if turn:
             # Models that need no gradient run outside of it: there attention is fused.
-            guide = {}
+            guide: dict[str, mx.array] = {}
             if self.critic:
                 own = {name: noise[f"{name}/student"] for name in ("eps", "tau")}
                 guide |= self._scores(self.critic.params, y, own, text, masks)
@@ -288,7 +293,7 @@ class KDMDTrainer:
         return arrays | {"steps": self.steps}
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
-        groups = {}
+        groups: dict[str, dict[str, mx.array]] = {}
         for key, a in arrays.items():
             group, _, path = key.partition("/")
             groups.setdefault(group, {})[path] = a

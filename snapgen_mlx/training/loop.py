@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..device import scalar
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
 from .checkpoint import load_state, locked, save_state
@@ -20,8 +22,10 @@ from .optimizer import AdamOptions
 
 LOG = "log.jsonl"
 # Options that a run may go on with others of: they change nothing but, some, how sums round.
-NO_MATTER = ("minutes", "save_minutes", "log_every", "validate_every", "sample_every")
-NO_MATTER += ("accumulate", "checkpoint")
+NO_MATTER = (
+    *("minutes", "save_minutes", "log_every", "validate_every", "sample_every"),
+    *("accumulate", "checkpoint"),
+)
 
 
 @dataclass
@@ -36,16 +40,42 @@ class RunOptions:
     sample_every: int = 500  # steps between pictures of ``report.Report``; 0 for none
 
 
+class Trainer(Protocol):
+    """What ``train`` drives; it needs no more of a method than is said here."""
+
+    @property
+    def options(self) -> AdamOptions: ...
+
+    def draw(self, rng: np.random.Generator, key: mx.array, shape: tuple, /) -> tuple[dict, Any]:
+        """A step's noise for a batch of latents of ``shape``, by name, and another choice."""
+
+    def step(
+        self, x0: mx.array, text: dict, masks: dict, noise: dict, choice: Any, /
+    ) -> dict[str, mx.array]:
+        """One update; scalars by name."""
+
+    def validate(self, fixed: list, /) -> dict[str, float]:
+        """How good the averaged weights are on ``fixed_batches``, by name."""
+
+    def identity(self) -> dict:
+        """What a saved state belongs to, beside options and data."""
+
+    def state(self) -> dict[str, mx.array]:
+        """Everything that changes."""
+
+    def restore(self, arrays: dict[str, mx.array], /) -> None:
+        """Go on from a ``state``."""
+
+
 def train(
-    trainer,
+    trainer: Trainer,
     data: LatentDataset,
     run,
     options: RunOptions,
     validation: LatentDataset | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Make the steps of ``trainer`` (an ``ElasticTrainer`` or one with its methods); yields a
-    record every ``log_every`` steps, and of each validation.
+    """Make the steps of ``trainer``; yields a record every ``log_every`` steps and validation.
 
     Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
     step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when
@@ -59,7 +89,14 @@ def train(
         yield from _train(trainer, data, Path(run), options, validation, stop)
 
 
-def _train(trainer, data, run: Path, options: RunOptions, validation, stop) -> Iterator[dict]:
+def _train(
+    trainer: Trainer,
+    data: LatentDataset,
+    run: Path,
+    options: RunOptions,
+    validation: LatentDataset | None,
+    stop: Callable[[], bool],
+) -> Iterator[dict]:
     o, steps = options, trainer.options.steps
     world = mx.distributed.init()
     check_batch(o, trainer.options)
@@ -67,7 +104,8 @@ def _train(trainer, data, run: Path, options: RunOptions, validation, stop) -> I
     for name in NO_MATTER:
         settings.pop(name)
     identity = {"options": settings, "data": data.fingerprint, **trainer.identity()}
-    step, window = 0, []  # window: metrics since the last record
+    step = 0
+    window: list[dict[str, float]] = []  # metrics since the last record
     if state := load_state(run):
         arrays, info = state
         _check_identity(run, info, json.loads(json.dumps(identity)))
@@ -92,7 +130,7 @@ def _train(trainer, data, run: Path, options: RunOptions, validation, stop) -> I
         mine = slice(world.rank(), None, world.size())
         noise, text, masks = ({k: a[mine] for k, a in d.items()} for d in (noise, text, masks))
         metrics = trainer.step(x0[mine], text, masks, noise, choice)
-        window.append({k: v.item() for k, v in metrics.items()})
+        window.append({k: scalar(v) for k, v in metrics.items()})
         step += 1
         if not all(map(math.isfinite, window[-1].values())):
             raise SnapGenError(
@@ -100,15 +138,16 @@ def _train(trainer, data, run: Path, options: RunOptions, validation, stop) -> I
                 "a lower learning rate"
             )
         now = time.monotonic()
-        over = o.minutes is not None and now - started > o.minutes * 60
+        late = o.minutes is not None and now - started > o.minutes * 60
         # Processes stop together, as soon as one is told to or finds the time over.
-        stopped, over = mx.distributed.all_sum(mx.array([stop(), over], mx.int32)).tolist()
+        votes = mx.distributed.all_sum(mx.array([stop(), late], mx.int32))
+        stopped, over = bool(votes[0]), bool(votes[1])
         done = step == steps
         last = bool(done or stopped or over)
         validate = bool(fixed) and step % o.validate_every == 0
         due = done or validate or step % o.log_every == 0
         if due or last:
-            record = {"step": step}
+            record: dict[str, float] = {"step": step}
             for name in sorted({k for m in window for k in m}):
                 record[name] = float(np.mean([m[name] for m in window if name in m]))
             record["images/s"] = (step - mark) * o.batch / (now - since)
@@ -143,7 +182,7 @@ def check_batch(options: RunOptions, adam: AdamOptions) -> None:
 def _check_identity(run, info: dict, identity: dict) -> None:
     """Raises SnapGenError that says in what a state differs from this run."""
     for name, now in identity.items():
-        before = info.get(name)
+        before: dict = info.get(name, {})
         if name == "options":
             before = {k: before.get(k) for k in now}
         if before == now:

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
+from ..device import scalar
 from ..digest import base_digest
 from ..lora import LoRALinear, Update
 from ..lora_file import ABOUT
@@ -64,12 +65,14 @@ def lora_layers(model: DiT) -> dict[str, LoRALinear]:
 
 def lora_change(model: DiT) -> float:
     """|scale · B A| / |W| over the layers that have a LoRA."""
-    change, total = [], []
+    change: list[mx.array] = []
+    total: list[mx.array] = []
     for layer in lora_layers(model).values():
         update = layer.scale * layer.lora_b @ layer.lora_a
         change.append(update.astype(mx.float32).square().sum())
         total.append(float_weight(layer.linear).astype(mx.float32).square().sum())
-    return mx.sqrt(sum(change) / sum(total)).item()
+    zero = mx.array(0.0)
+    return scalar(mx.sqrt(sum(change, zero) / sum(total, zero)))
 
 
 def save_lora(path, params: dict[str, mx.array], about: dict[str, Any] | None = None) -> None:

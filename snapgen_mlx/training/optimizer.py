@@ -19,6 +19,7 @@ class AdamOptions:
     ema: float = 0.999  # 0: no average is kept
     accumulate: int = 1  # micro-batches that a step's batch is split into
     checkpoint: bool = False  # blocks are computed again for their gradients: less memory
+    lora: int | None = None  # rank; None trains all weights
 
 
 def global_norm(grads: dict) -> mx.array:
@@ -74,13 +75,13 @@ class Averaged:
         return {f"{group}/{k}": a for group, arrays in groups.items() for k, a in arrays.items()}
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
-        groups = {"params": {}, "ema": {}, "opt": {}}
+        groups: dict[str, dict[str, mx.array]] = {"params": {}, "ema": {}, "opt": {}}
         for key, a in arrays.items():
             group, _, path = key.partition("/")
             groups[group][path] = a
         self.params, self._mean = groups["params"], groups["ema"]
         # Moments are keyed by the parameter's dotted path, then "m" or "v".
-        state = {}
+        state: dict = {}
         for path, a in groups["opt"].items():
             head, dot, leaf = path.rpartition(".")
             state.setdefault(head, {}).update({leaf: a}) if dot else state.update({path: a})

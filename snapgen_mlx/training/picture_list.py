@@ -191,11 +191,13 @@ def _sidecars(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
         if not is_picture(file):
             continue
         sidecar = texts.get(_normal(file.stem))
-        try:
-            text = read_text(sidecar) if sidecar else ""
-        except SnapGenError:
-            yield file.name, ValueError(f"{sidecar.name} is not UTF-8")
-            continue
+        text = ""
+        if sidecar:
+            try:
+                text = read_text(sidecar)
+            except SnapGenError:
+                yield file.name, ValueError(f"{sidecar.name} is not UTF-8")
+                continue
         yield file.name, {"file_name": file.name, "text": " ".join(text.split())}
 
 

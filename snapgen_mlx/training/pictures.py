@@ -3,8 +3,11 @@
 import hashlib
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -12,11 +15,9 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from ..errors import SnapGenError
 from .picture_list import METADATA, find_file, rows
 
-try:
-    import pillow_heif
-except ImportError:
-    pillow_heif = None
-else:
+pillow_heif: ModuleType | None = None
+with suppress(ImportError):
+    pillow_heif = import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 
 SRGB = ImageCms.createProfile("sRGB")
@@ -52,7 +53,7 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
         for place, row in rows(folder):
             try:
                 example = _example(folder, row, caption)
-                place = row["file_name"]
+                place = row["file_name"] if isinstance(row, dict) else place
                 example.digest, example.aspect = _check(example.file)
                 examples.append(example)
             except Exception as e:  # decoders raise almost anything on damaged files
@@ -175,7 +176,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     colours = image.convert("RGB") if transparent else image
     try:
         theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        out = ImageCms.profileToProfile(colours, theirs, SRGB, outputMode="RGB")
+        out = ImageCms.profileToProfile(colours, theirs, SRGB, outputMode="RGB") or colours
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     if alpha:

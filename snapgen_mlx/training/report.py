@@ -6,6 +6,7 @@ import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -72,7 +73,8 @@ class Report:
         if not self.prompts:
             return {}
         sets = [self._draw(trainer, params) for params in (before, trainer.weights.mean)]
-        rows, change = {}, {}
+        rows: dict[str, list[Image.Image]] = {}
+        change: dict[str, float] = {}
         for name in trainer.config.variants:
             rows |= {f"{name} before": sets[0][name], f"{name} after": sets[1][name]}
             a, b = (np.stack([np.asarray(p, np.float32) for p in s[name]]) for s in sets)
@@ -124,11 +126,12 @@ def plot_losses(log, path) -> None:
     Needs matplotlib. Does nothing while no loss is logged.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     log = Path(log)
     if not log.exists():
         return
-    curves = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name, value in record.items():
@@ -141,10 +144,11 @@ def plot_losses(log, path) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, points in sorted(curves.items()):
         kind, _, width = name.partition("/")
-        style = {"alpha": 0.4, "markersize": 2} if kind == "loss" else {}
+        style: dict[str, Any] = {"alpha": 0.4, "markersize": 2} if kind == "loss" else {}
         style |= {"label": width if kind == "loss" else f"{width}, validation"}
-        axes.plot(*zip(*points, strict=True), f"C{widths.index(width)}.-", **style)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, f"C{widths.index(width)}.-", **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_write(path) as tmp:

@@ -4,8 +4,10 @@ Bytes are those of MLX's own arrays. The coefficients were measured on MLX's CPU
 hold within about a quarter; the same forms are used on Metal, which has not been measured.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ..config import DiTConfig
 from ..device import compute_dtype, on_metal, usable_memory
@@ -17,13 +19,14 @@ from ..models.elastic import empty_models, random_supernet
 from ..models.sizes import parameter_count
 from ..tensors.weights import load_infos
 from ..text_loading import TEXT_TOKENS
-from .elastic_trainer import ElasticOptions
 from .lora_training import lora_params
+from .optimizer import AdamOptions
 
+Options = TypeVar("Options", bound=AdamOptions)
 UPDATE = 0.85  # of all trained weights: what Adam's step holds beside its state and gradients
 
 
-def flags(options: ElasticOptions, other: ElasticOptions) -> str:
+def flags(options: AdamOptions, other: AdamOptions) -> str:
     """What a command needs besides, to train with ``other`` instead of ``options``."""
     out = []
     if other.lora != options.lora:
@@ -65,12 +68,12 @@ class TrainingMemory:
             each = sum(info.nbytes for info in infos.values()) / full  # packed ones stay packed
         return cls(config, (latent, latent), tokens, int(each * weights), beside)
 
-    def state(self, options: ElasticOptions) -> int:
+    def state(self, options: AdamOptions) -> int:
         """Bytes of float32 weights, Adam's two moments, the average; what is frozen or beside."""
         kept = (3 + bool(options.ema)) * 4 * self._trained(options)
         return kept + (self.frozen if options.lora else 0) + self.beside
 
-    def peak(self, options: ElasticOptions, batch: int) -> int:
+    def peak(self, options: AdamOptions, batch: int) -> int:
         """Peak bytes of a step on ``batch`` pictures (those of one process)."""
         trained = 4 * self._trained(options)
         gradients = trained * (2 if options.accumulate > 1 else 1)
@@ -100,7 +103,7 @@ class TrainingMemory:
         kept = 2 * inputs + 2 * max(blocks) if checkpoint else sum(blocks) + 1.3 * max(blocks)
         return int(compute_dtype().size * kept)
 
-    def _trained(self, options: ElasticOptions) -> int:
+    def _trained(self, options: AdamOptions) -> int:
         if self.trained is not None:
             return self.trained
         params = (
@@ -108,7 +111,7 @@ class TrainingMemory:
         )
         return sum(a.size for a in params.values())  # never evaluated
 
-    def check(self, options: ElasticOptions, batch: int) -> None:
+    def check(self, options: AdamOptions, batch: int) -> None:
         """Raise UsageError that says what would fit, unless the run does."""
         need, usable = self.peak(options, batch), usable_memory()
         if need <= usable:
@@ -121,7 +124,7 @@ class TrainingMemory:
             f"be used here; {fit}"
         )
 
-    def alternatives(self, options: ElasticOptions, batch: int):
+    def alternatives(self, options: Options, batch: int) -> Iterator[tuple[str, Options]]:
         """(flags, options) of the same training in less memory, the mildest first.
 
         A batch goes through in as few parts as fit into memory, or one picture at a time.
@@ -132,8 +135,8 @@ class TrainingMemory:
                 for checkpoint in dict.fromkeys((options.checkpoint, True)):
                     other = replace(options, lora=lora, checkpoint=checkpoint)
                     if parts:
-                        counts = range(options.accumulate + 1, batch + 1)
-                        counts = [n for n in counts if batch % n == 0]
+                        more = range(options.accumulate + 1, batch + 1)
+                        counts = [n for n in more if batch % n == 0]
                         if not counts:
                             continue
                         each = [replace(other, accumulate=n) for n in counts]

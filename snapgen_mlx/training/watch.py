@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from ..background import on_white
+from ..device import scalar
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..models.interfaces import Autoencoder
 from ..sampling import schedule
 from .kdmd import SHIFT, KDMDTrainer
 
@@ -27,9 +29,10 @@ class Watch:
     raises SnapGenError for a run that saturates or collapses.
     """
 
-    def __init__(self, vae, folder):
+    def __init__(self, vae: Autoencoder, folder):
         self.vae, self.folder = vae, Path(folder)
-        self._theirs = self._start = None
+        self._theirs: tuple[np.ndarray, np.ndarray] | None = None
+        self._start: dict[str, float] = {}
 
     def __call__(self, trainer: KDMDTrainer, fixed: list) -> dict[str, float]:
         """Monitors; ``fixed`` batches hold each caption SEEDS times in a row.
@@ -43,16 +46,15 @@ class Watch:
             self._theirs = self._draw(partial(guided, trainer), batches)
             nothing = {k: mx.zeros_like(a) for k, a in trainer.student.mean.items()}
             start = self._draw(partial(trainer.generate, lora=nothing), batches)
-            self._start = self._compare(*start)
+            self._start = self._compare(*start, *self._theirs)
         latents, pictures = self._draw(trainer.generate, batches)
-        found = self._compare(latents, pictures)
-        self._write(trainer.steps.item(), pictures)
+        found = self._compare(latents, pictures, *self._theirs)
+        self._write(int(scalar(trainer.steps)), pictures, self._theirs[1])
         check_monitors(found, self._start)
         return {f"val/{k}": a for k, a in found.items()}
 
-    def _compare(self, z: np.ndarray, pictures: np.ndarray) -> dict[str, float]:
-        """The monitors of latents and pictures, as of ``_draw``."""
-        z_teacher, pictures_teacher = self._theirs
+    def _compare(self, z, pictures, z_teacher, pictures_teacher) -> dict[str, float]:
+        """The monitors of latents and pictures, as of ``_draw``, against the teacher's."""
         found = {
             "std": z.std() / z_teacher.std(),
             "colour": colour(pictures) / colour(pictures_teacher),
@@ -67,10 +69,10 @@ class Watch:
         pictures = [np.array(on_white(self.vae.decode(z))) for z in latents]
         return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures)
 
-    def _write(self, step: int, pictures: np.ndarray) -> None:
+    def _write(self, step: int, pictures: np.ndarray, theirs: np.ndarray) -> None:
         if mx.distributed.init().rank():
             return
-        rows = [a.reshape(-1, SEEDS, *a.shape[1:]) for a in (pictures, self._theirs[1])]
+        rows = [a.reshape(-1, SEEDS, *a.shape[1:]) for a in (pictures, theirs)]
         grid = np.concatenate(rows, axis=1)  # (captions, 2·SEEDS, H, W, 3)
         n, m, h, w, _ = grid.shape
         grid = grid.transpose(0, 2, 1, 3, 4).reshape(n * h, m * w, 3)
