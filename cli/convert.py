@@ -21,11 +21,29 @@ from .arguments import Bar, lora_files_option
     "--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a single file."
 )
 @lora_files_option("Fuse a LoRA into the transformer")
+@click.option(
+    "--few-step-lora",
+    type=click.Path(exists=True),
+    help="Keep a LoRA beside the transformer, with which it draws in few steps.",
+)
 @click.option("--dry-run", is_flag=True, help="Only print what would be written.")
 @click.option(
     "--report", type=click.Path(dir_okay=False), help="Write a JSON table of all tensors."
 )
-def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, dry_run, report):
+def convert(
+    source,
+    dest,
+    quantize,
+    dtype,
+    only,
+    revision,
+    ema,
+    config,
+    loras,
+    few_step_lora,
+    dry_run,
+    report,
+):
     """Convert SOURCE, a PyTorch checkpoint, into DEST, a folder for MLX.
 
     SOURCE is a Hub id (org/name or org/name@revision), a folder of a whole checkpoint or of one
@@ -48,6 +66,7 @@ def convert(source, dest, quantize, dtype, only, revision, ema, config, loras, d
             ema=ema,
             config=config,
             loras=loras,
+            few_step_lora=few_step_lora,
             dry_run=dry_run,
             progress=Bar(unit="B", unit_scale=True).update,
         )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import DiTConfig
+from ..config import QWEN_IMAGE, DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write, file_sha256, read_json, write_json
 from ..hub import commit_of, resolve
 from ..layout import FEW_STEP, FORMAT, TOKENIZERS
-from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora
+from ..loading import layer_shapes
+from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
 from ..lora_file import find_file
 from ..tensors.stream import Row, Step, verify, write_components
 from ..tokenizer_files import copy_word_files
@@ -36,6 +38,7 @@ def convert(
     ema: bool = False,
     config=None,
     loras=(),
+    few_step_lora=None,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict:
@@ -45,7 +48,8 @@ def convert(
         names; dtype of the floating weights (default: the source's); quantize, 4 or 8 bits for the
         matrices of the transformer and of Gemma (float32 sources then become bfloat16); ema, take
         the EMA weights; config, the config.json of a single file; loras, pairs (LoRA file, scale)
-        to fuse into the transformer; dry_run, only plan; progress(bytes done, bytes in all).
+        to fuse into the transformer; few_step_lora, a LoRA with which the transformer draws in few
+        steps, to stand beside its weights; dry_run, only plan; progress(bytes done, bytes in all).
     Returns a report (JSON-ready) with a row per tensor. ``report["status"]`` is "planned",
     "converted", "resumed" or "complete" (``dest`` held the same conversion already).
 
@@ -61,11 +65,13 @@ def convert(
     settings: dict[str, Any] = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
     if loras:
         settings["loras"] = _fuse(components, loras)
+    if few_step_lora:
+        settings["few_step_lora"] = _check_few_step_lora(components, few_step_lora)
     report = _report(source, path, settings, components)
     if dry_run:
         return report | {"status": "planned"}
     report["files"] = _hash(path, components)
-    head = _head(path, index, report)
+    head = _head(path, index, report, _steps(components))
     if _is_complete(dest, components, head):
         return report | {"status": "complete", "written": verify(dest, components.values())}
 
@@ -77,6 +83,8 @@ def convert(
             _copy_tokenizer(component, partial)
         if "transformer" in components:
             copy_few_step_loras(path, partial)
+        if few_step_lora:
+            _copy_few_step_lora(few_step_lora, components["transformer"], partial)
         write_json(partial / "config.json", head)
         with atomic_write(partial / "README.md") as tmp:
             tmp.write_text(_card(report))
@@ -103,12 +111,48 @@ def _fuse(components: dict[str, PlannedComponent], loras) -> list[dict]:
     rows = {row.target: row for row in part.rows}
     added = []
     for path, scale in loras:
-        for layer, update in load_lora(path, DiTConfig.from_dict(part.config), None, scale).items():
+        for layer, update in _updates(part, path, scale).items():
             row = rows[f"{layer}.weight"]
             row.step = _with_update(row.step, update)
-        digest = file_sha256(find_file(path))
-        added.append({"name": Path(path).name, "scale": scale, "sha256": digest})
+        added.append(_lora_entry(path) | {"scale": scale})
     return added
+
+
+def _updates(transformer: PlannedComponent, path, scale: float = 1.0) -> dict[str, Update]:
+    """Of a LoRA file for this transformer, whichever it is, uncut."""
+    if transformer.config.get("_class_name") == QWEN_IMAGE:
+        shapes = layer_shapes({row.target: row.shape for row in transformer.rows})
+        return load_updates(path, shapes, scale)
+    return load_lora(path, DiTConfig.from_dict(transformer.config), None, scale)
+
+
+def _lora_entry(path) -> dict:
+    file = find_file(path)
+    return {"name": file.name, "sha256": file_sha256(file)}
+
+
+def _check_few_step_lora(components: dict[str, PlannedComponent], path) -> dict:
+    """Raises UsageError unless the LoRA is for the transformer that is converted."""
+    part = components.get("transformer")
+    if part is None:
+        raise UsageError("a LoRA is for the transformer, which is not among what is converted")
+    if part.config.get("_class_name") != QWEN_IMAGE and len(part.config["widths"]) > 1:
+        raise UsageError(
+            "a few-step LoRA is of one width; put it as few_step/VARIANT.safetensors into the "
+            "folder that is written"
+        )
+    _updates(part, path)
+    return _lora_entry(path)
+
+
+def _copy_few_step_lora(path, transformer: PlannedComponent, partial: Path) -> None:
+    """The LoRA's file as it is, under the name of the only width."""
+    file = find_file(path)
+    if file.suffix != ".safetensors":
+        raise UsageError(f"{file} is no safetensors file, which a LoRA beside a model must be")
+    name = transformer.config.get("variant", "full")
+    (partial / FEW_STEP).mkdir(exist_ok=True)
+    shutil.copyfile(file, partial / FEW_STEP / f"{name}.safetensors")
 
 
 def _with_update(step: Step, update: Update) -> Step:
@@ -178,19 +222,44 @@ def _hash(path: Path, components: dict[str, PlannedComponent]) -> dict[str, str]
     return hashes
 
 
-def _head(path: Path, index: dict, report: dict) -> dict:
-    """The model's config.json."""
-    sampling = {"steps": 28, "guidance": 4.0, "shift": 3.0, "size": 1024}
+def _shift(file: Path, size: int) -> float:
+    """The shift of a scheduler_config.json for pictures of ``size`` pixels a side.
+
+    A dynamic one grows with the tokens: log(shift) lies on a line between two numbers of them.
+    """
+    config = read_json(file)
+    try:
+        if not config.get("use_dynamic_shifting"):
+            shift = float(config.get("shift", 3.0))
+        else:
+            tokens = (size // 16) ** 2
+            least, most = (config[f"{name}_image_seq_len"] for name in ("base", "max"))
+            low, high = (config[f"{name}_shift"] for name in ("base", "max"))
+            mu = low + (high - low) * (tokens - least) / (most - least)
+            shift = math.exp(mu) if config.get("time_shift_type") != "linear" else mu
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as e:
+        raise SnapGenError(f"{file} does not describe a shift; download it again") from e
+    if not 0 < shift < math.inf:
+        raise SnapGenError(f"{file}: shift is {shift!r}; it must be a positive number")
+    return shift
+
+
+def _head(path: Path, index: dict, report: dict, steps: int = 28) -> dict:
+    """The model's config.json; ``steps``: that its transformer needs by default."""
+    sampling: dict[str, Any] = {"steps": steps, "guidance": 4.0, "shift": 3.0, "size": 1024}
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        shift = sampling["shift"] = read_json(scheduler).get("shift", sampling["shift"])
-        if not isinstance(shift, int | float) or not shift > 0:
-            raise SnapGenError(f"{scheduler}: shift is {shift!r}; it must be a positive number")
+        sampling["shift"] = _shift(scheduler, sampling["size"])
     if isinstance(index.get("sampling"), dict):
         sampling |= index["sampling"]
-    keys = ("source", "revision", "quantize", "dtype", "ema", "loras", "files")
+    keys = ("source", "revision", "quantize", "dtype", "ema", "loras", "few_step_lora", "files")
     made = {key: report[key] for key in keys if key in report}
     return {**FORMAT, "sampling": sampling, "source": made, "base": _base(index, report)}
+
+
+def _steps(components: dict[str, PlannedComponent]) -> int:
+    part = components.get("transformer")
+    return getattr(part and part.rules, "STEPS", 28)
 
 
 def _base(index: dict, report: dict) -> str:

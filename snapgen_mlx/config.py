@@ -1,4 +1,4 @@
-"""The transformer's configuration: keys of ``transformer/config.json``, known geometries."""
+"""Configurations of transformers: keys of ``transformer/config.json``, known geometries."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from typing import ClassVar, Self
 from .errors import SnapGenError, UsageError
 
 CLASS_NAME = "SnapGenPPTransformer2DModel"
+QWEN_IMAGE = "QwenImageTransformer2DModel"
+QWEN_TEXT = "qwen"  # the name of the only text states that Qwen-Image reads
 VARIANT_NAMES = {0.375: "tiny", 0.5: "small", 1.0: "full"}
 
 
@@ -29,6 +31,9 @@ class DiTConfig(ConfigMixin):
     ``variant(i)`` is the configuration of one width cut out of it.
     """
 
+    # What guidance leads away from without a negative text: a learned token instead.
+    null_text: ClassVar[str | None] = None
+    rescale_guidance: ClassVar[bool] = False  # whether it keeps each token's length
     in_channels: int = 16
     patch_size: int = 2
     hidden_size: int = 2048
@@ -165,3 +170,84 @@ class DiTConfig(ConfigMixin):
     def token_multiple(self) -> int:
         """Latent height and width must be multiples of this (windows and BNA blocks fit)."""
         return 4 * self.patch_size
+
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels
+
+    def takes(self, h: int, w: int) -> bool:
+        """Whether a latent of this size falls into whole windows and blocks."""
+        tokens = h * w // self.patch_size**2
+        return not (h % self.token_multiple or w % self.token_multiple or tokens % self.bna_blocks)
+
+
+@dataclass
+class QwenImageConfig(ConfigMixin):
+    """Qwen-Image's transformer: keys of diffusers' class, the published sizes.
+
+    It has one width. Guidance leads away from the states of ``null_text``, and keeps the length
+    of each token's velocity.
+    """
+
+    null_text: ClassVar[str | None] = " "
+    rescale_guidance: ClassVar[bool] = True
+    variants: ClassVar[list[str]] = ["full"]
+    patch_size: int = 2
+    in_channels: int = 64  # of a token: the latent's, patch_size² times
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    def __post_init__(self):
+        for field_ in dataclasses.fields(self)[:-1]:
+            value = getattr(self, field_.name)
+            if type(value) is not int or value < 1:
+                raise SnapGenError(f"Qwen-Image config: {field_.name} must be a positive integer")
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or any(type(n) is not int or n < 2 or n % 2 for n in axes):
+            raise SnapGenError("Qwen-Image config: axes_dims_rope must be three even numbers")
+        if sum(axes) != self.attention_head_dim:
+            raise SnapGenError("Qwen-Image config: axes_dims_rope must add up to a head's dims")
+        if self.in_channels != self.out_channels * self.patch_size**2:
+            raise SnapGenError("Qwen-Image config: in_channels must be a patch of out_channels")
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Self:
+        """Read a config.json. Raises SnapGenError for variants that work otherwise."""
+        for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+            if d.get(key):
+                raise SnapGenError(f"Qwen-Image config: {key} = {d[key]!r} is not supported")
+        return super().from_dict(d)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def latent_channels(self) -> int:
+        return self.out_channels
+
+    @property
+    def text_dims(self) -> dict[str, int]:
+        return {QWEN_TEXT: self.joint_attention_dim}
+
+    @property
+    def token_multiple(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return self.patch_size
+
+    def variant_index(self, name: str) -> int:
+        """Raises UsageError for another name than that of the only width."""
+        if name not in self.variants:
+            raise UsageError(f"no variant {name!r} in this model; it has {self.variants[0]}")
+        return 0
+
+    def takes(self, h: int, w: int) -> bool:
+        """Whether a latent of this size falls into whole tokens."""
+        return not (h % self.token_multiple or w % self.token_multiple)
+
+
+TransformerConfig = DiTConfig | QwenImageConfig

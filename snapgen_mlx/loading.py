@@ -4,11 +4,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .config import ConfigMixin, DiTConfig
+from .config import QWEN_IMAGE, ConfigMixin, DiTConfig, QwenImageConfig, TransformerConfig
 from .device import compute_dtype, on_metal
 from .errors import SnapGenError
 from .layout import load_config
-from .lora import add_lora, load_lora
+from .lora import add_lora, load_lora, load_updates
 from .models.autoencoder import (
     SnapGenAutoencoder,
     SnapGenAutoencoderConfig,
@@ -18,9 +18,12 @@ from .models.autoencoder import (
 from .models.dit import DiT
 from .models.elastic import random_supernet, slice_flat
 from .models.interfaces import Autoencoder, AutoencoderConfig
+from .models.qwen_image import QwenImage
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
 from .tensors.affine import dequantize, quantize_like
 from .tensors.weights import assign, load_tensors, parameter_shapes
+
+Transformer = DiT | QwenImage  # each is asked in the same way
 
 # By the _class_name of their config.json: the class and its configuration.
 AUTOENCODERS: dict[str, tuple[type, type[ConfigMixin]]] = {
@@ -62,18 +65,65 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     config, tensors = load_supernet(folder)
     index = config.variant_index(variant or config.variants[-1])
     dit = DiT(config.variant(index) if len(config.widths) > 1 else config)
-    tensors = slice_flat(tensors, config, index)
-    dtype = dtype or compute_dtype()
-    if on_metal():
-        quantize_like(dit, tensors)
-    else:  # quantized matmuls crawl on a CPU
-        tensors = dequantize(tensors, parameter_shapes(dit))
-    # Packed weights are integers and stay as they are.
-    tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
-    assign(dit, tensors, folder)
+    _fill(dit, slice_flat(tensors, config, index), dtype, folder)
     for path, scale in loras:
         add_lora(dit, load_lora(path, config, index, scale, base=folder))
     return dit
+
+
+def load_qwen_image(folder, loras=(), read_once: bool = False) -> QwenImage:
+    """Load Qwen-Image's transformer; its LoRAs stay beside the weights.
+
+    Args: folder, a model folder or its ``transformer/``; loras, pairs (LoRA file, scale);
+        read_once, see ``QwenImage``.
+    """
+    folder = Path(folder)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    model = QwenImage(QwenImageConfig.from_dict(load_config(folder)), read_once)
+    shapes = layer_shapes(parameter_shapes(model))
+    updates = [load_updates(path, shapes, scale) for path, scale in loras]
+    _fill(model, load_tensors(folder), None, folder)
+    for update in updates:
+        add_lora(model, update, fuse=False)
+    return model
+
+
+def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """{path: (out, in)} of the Linear layers among a model's parameters."""
+    return {
+        key.removesuffix(".weight"): (shape[0], shape[1])
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and len(shape) == 2
+    }
+
+
+def _fill(
+    model: Transformer, tensors: dict[str, mx.array], dtype: mx.Dtype | None, where: Path
+) -> None:
+    """Give a model its weights as they are computed with on this machine, lazily."""
+    dtype = dtype or compute_dtype()
+    if on_metal():
+        quantize_like(model, tensors)
+    else:  # quantized matmuls crawl on a CPU
+        tensors = dequantize(tensors, parameter_shapes(model))
+    # Packed weights are integers and stay as they are.
+    tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
+    assign(model, tensors, where)
+
+
+def load_transformer_config(folder) -> TransformerConfig:
+    """The transformer's configuration of a model folder, whichever it is."""
+    config = load_config(Path(folder) / "transformer")
+    is_qwen = config.get("_class_name") == QWEN_IMAGE
+    return QwenImageConfig.from_dict(config) if is_qwen else DiTConfig.from_dict(config)
+
+
+def load_transformer(folder, variant: str | None = None, loras=()) -> Transformer:
+    """The transformer of a model folder at one width, whichever it is; see ``load_dit``."""
+    if isinstance(load_transformer_config(folder), QwenImageConfig):
+        return load_qwen_image(folder, loras)
+    return load_dit(folder, variant, loras=loras)
 
 
 def load_vae_config(folder) -> AutoencoderConfig:

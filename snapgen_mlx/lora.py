@@ -44,9 +44,7 @@ def load_lora(
     damaged file, for NaN or infinity, for a LoRA that was made for another width, and unless every
     key of it fits a layer of the model.
     """
-    if not math.isfinite(scale):
-        raise UsageError(f"{path}: {scale} is no scale of a LoRA")
-    file = LoRAFile.read(path)
+    file = _read(path, scale)
     path = file.path
     _check_width(file, config, index)
     if base is not None and file.about.get("base") not in (None, base_digest(base)):
@@ -61,16 +59,35 @@ def load_lora(
             updates, bad = own, own_bad
     elif index is not None:
         updates = _cut(updates, config, index)
-    if unfit := file.other + [key for name in bad for key in file.layers[name].values()]:
-        if what := kind_of_keys(unfit):
-            raise SnapGenError(f"{path} {what}")
-        raise SnapGenError(
-            f"{path}: {len(unfit)} of {len(file.tensors)} keys fit no layer of this model: "
-            f"{name_keys(unfit, LISTED)}; is the LoRA of another model?"
-        )
+    _check_fit(file, bad)
     if not updates:
         raise SnapGenError(f"{path} holds nothing for this width of the model")
     return {name: Update(u.a, scale * u.b) for name, u in updates.items()}
+
+
+def load_updates(path, shapes: dict[str, tuple[int, int]], scale: float = 1.0) -> dict[str, Update]:
+    """``load_lora`` for any model of one width; shapes, {path: (out, in)} of its Linear layers."""
+    file = _read(path, scale)
+    updates, bad = _match(file, shapes)
+    _check_fit(file, bad)
+    return {name: Update(u.a, scale * u.b) for name, u in updates.items()}
+
+
+def _read(path, scale: float) -> LoRAFile:
+    if not math.isfinite(scale):
+        raise UsageError(f"{path}: {scale} is no scale of a LoRA")
+    return LoRAFile.read(path)
+
+
+def _check_fit(file: LoRAFile, bad: list[str]) -> None:
+    """Raises SnapGenError for keys that fit no layer; ``bad``: layers that do not."""
+    if unfit := file.other + [key for name in bad for key in file.layers[name].values()]:
+        if what := kind_of_keys(unfit):
+            raise SnapGenError(f"{file.path} {what}")
+        raise SnapGenError(
+            f"{file.path}: {len(unfit)} of {len(file.tensors)} keys fit no layer of this model: "
+            f"{name_keys(unfit, LISTED)}; is the LoRA of another model?"
+        )
 
 
 def _check_width(file: LoRAFile, config: DiTConfig, index: int | None) -> None:
@@ -178,18 +195,19 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scale * update
 
 
-def add_lora(model: nn.Module, updates: dict[str, Update]) -> None:
-    """Change a loaded model: float layers are fused, quantized ones get the update beside them."""
+def add_lora(model: nn.Module, updates: dict[str, Update], fuse: bool = True) -> None:
+    """Change a loaded model: float layers are fused, quantized ones get the update beside them,
+    and so do all without ``fuse``."""
     modules = dict(model.named_modules())
     new = []
     for path, update in updates.items():
         layer = modules[path]
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and fuse:
             layer.weight = fuse_lora({"l.weight": layer.weight}, {"l": update})["l.weight"]
         else:
             base = layer
             while isinstance(base, LoRALinear):
                 base = base.linear
-            dtype = base.scales.dtype
+            dtype = (base.scales if "scales" in base else base.weight).dtype
             new.append((path, LoRALinear(layer, Update(*(m.astype(dtype) for m in update)))))
     model.update_modules(tree_unflatten(new))

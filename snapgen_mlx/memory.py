@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import DiTConfig
+from .config import DiTConfig, QwenImageConfig, TransformerConfig
 from .device import compute_dtype, on_metal, usable_memory
 from .errors import UsageError, format_bytes
-from .loading import load_dit, load_dit_config
+from .loading import load_transformer, load_transformer_config
 from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
+from .models.qwen_image import TOKENS, QwenImage
 from .models.sizes import parameter_count
 from .tensors.palette import SUFFIX as PALETTE
 from .tensors.safetensors_io import NAMES
@@ -59,7 +60,7 @@ class ModelMemory:
 
     def __init__(self, folder, vae: Autoencoder, encoders: list[TextEncoder]):
         self.folder = Path(folder)
-        self.config = load_dit_config(self.folder)
+        self.config = load_transformer_config(self.folder)
         self.metal = on_metal()
         self.decoder = vae.decoder_bytes
         self.encoders = sum(encoder.nbytes for encoder in encoders)
@@ -88,11 +89,12 @@ class ModelMemory:
 
     def parameters(self, variant: str) -> int:
         """Number of parameters of one width."""
-        return parameter_count(DiT(self.config.variant(self.config.variant_index(variant))))
+        config = _width(self.config, variant)
+        return parameter_count(DiT(config) if isinstance(config, DiTConfig) else QwenImage(config))
 
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
-            parameters = flat_parameters(load_dit(self.folder, variant))
+            parameters = flat_parameters(load_transformer(self.folder, variant))
             self._tensors[variant] = [
                 a.nbytes for path, a in parameters.items() if not path.startswith(self._unread)
             ]
@@ -111,7 +113,7 @@ class ModelMemory:
         kept = encoders if keep else 0
         beside = 0 if r.low_ram else self.decoder
         h, w = r.height // self.vae.downsampling, r.width // self.vae.downsampling
-        config = self.config.variant(self.config.variant_index(variant))
+        config = _width(self.config, variant)
         denoise = _denoising_bytes(config, h, w, 1 + r.guided, self._text_tokens, self.metal)
         decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram))
         return Prediction(
@@ -185,13 +187,21 @@ def attention_scores(config: DiTConfig, stage: int, n: int) -> int:
     return n * n // 4 + (n // blocks) ** 2 * pairs
 
 
+def _width(config: TransformerConfig, variant: str) -> TransformerConfig:
+    """The configuration of one width."""
+    index = config.variant_index(variant)
+    return config.variant(index) if isinstance(config, DiTConfig) else config
+
+
 def _denoising_bytes(
-    config: DiTConfig, h: int, w: int, batch: int, text_tokens: int, metal: bool
+    config: TransformerConfig, h: int, w: int, batch: int, text_tokens: int, metal: bool
 ) -> int:
     """Activations of one network evaluation on a latent (batch, h, w): 19 vectors a token at the
     peak of a block, the attention scores where they are not fused, the text's keys and values."""
     size, d = compute_dtype().size, config.hidden_size
     tokens = h * w // config.patch_size**2
+    if isinstance(config, QwenImageConfig):
+        return mmdit_bytes(config, tokens, batch, text_tokens, metal)
     stages = []
     for stage, layers in enumerate(config.layers):
         n = tokens // 4 if stage == 1 and config.downsample else tokens
@@ -201,3 +211,17 @@ def _denoising_bytes(
         stages.append(layers and 19 * n * d + config.num_heads * scores)
     text = text_tokens * (2 * sum(config.layers) * d + 2 * config.caption_dim)
     return batch * size * (max(stages) + text)
+
+
+def mmdit_bytes(
+    config: QwenImageConfig, tokens: int, batch: int, text_tokens: int, metal: bool
+) -> int:
+    """Activations of one evaluation of Qwen-Image: 21 vectors a token at the peak of a block and
+    the attention scores for the rows that are evaluated at once, the tokens of the others, and
+    the modulation of every block."""
+    d, heads, n = config.hidden_size, config.num_attention_heads, tokens + text_tokens
+    rows = min(max(1, TOKENS // tokens), batch)
+    scores = 0 if metal and config.attention_head_dim in FUSED_HEADS else heads * n * n
+    others = 2 * (batch - rows) * n * d
+    modulation = 12 * config.num_layers * d * batch
+    return compute_dtype().size * (rows * (21 * n * d + scores) + others + modulation)

@@ -17,10 +17,9 @@ from .errors import SnapGenError, UsageError
 from .finite import check_finite
 from .hub import resolve, resolve_model
 from .layout import TEXT_FOLDERS, few_step_lora, load_config, picture_size
-from .loading import load_dit, load_dit_config, load_vae
+from .loading import Transformer, load_transformer, load_transformer_config, load_vae
 from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
-from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
 from .sampling import Step, blend_noise, denoise, last_step, schedule
 from .settings import Settings
@@ -47,7 +46,7 @@ class Pipeline:
     ):
         self.folder = Path(folder)
         self.config = load_config(self.folder)
-        self.dit_config = load_dit_config(self.folder)
+        self.dit_config = load_transformer_config(self.folder)
         if text_encoder and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.text_encoder, self.loras, self.base = text_encoder, list(loras), base
@@ -82,9 +81,9 @@ class Pipeline:
         return None if self.base else few_step_lora(self.folder, self.variant)
 
     @cached_property
-    def dit(self) -> DiT:
+    def dit(self) -> Transformer:
         few_step = [(self.few_step, 1.0)] if self.few_step else []
-        return load_dit(self.folder, self.variant, loras=[*few_step, *self.loras])
+        return load_transformer(self.folder, self.variant, loras=[*few_step, *self.loras])
 
     @cached_property
     def vae(self) -> Autoencoder:
@@ -141,7 +140,7 @@ class Pipeline:
         Without ``keep_encoders`` text encoders above 100 MB are freed afterwards; what else was
         in memory makes place for them before.
         """
-        texts = dict.fromkeys(text for s in settings for text in s.texts)
+        texts = dict.fromkeys(text for s in settings for text in self._needed_texts(s))
         keep = self.memory.keeps_encoders(self._request(settings[0]))
         if not keep:
             self.free("dit", "vae")
@@ -149,6 +148,15 @@ class Pipeline:
         mx.eval(self._texts)
         if not keep:
             self.free("encoders")
+
+    def _negative(self, s: Settings) -> str | None:
+        """The text that guidance leads away from; None where that is the model's own token."""
+        own = self.dit_config.null_text if s.guidance != 1 else None
+        return s.negative if s.negative in s.texts else own
+
+    def _needed_texts(self, s: Settings) -> list[str]:
+        negative = self._negative(s)
+        return s.texts if negative is None else [s.prompt, negative]
 
     def edit_settings(self, prompt: str, edit: Edit, **given) -> Settings:
         """``settings`` for a picture that starts from another.
@@ -175,14 +183,14 @@ class Pipeline:
         s, config = settings, self.dit_config
         s.check_size(self.memory.pixel_multiple)
         h, w = self.latent_size(s)
-        if h * w // config.patch_size**2 % config.bna_blocks:
+        if not config.takes(h, w):
             raise UsageError(f"this model cannot make {s.width}x{s.height}; try other multiples")
         self.memory.check(self.variant, self._request(s))
-        if not self._texts.keys() >= set(s.texts):
+        if not self._texts.keys() >= set(self._needed_texts(s)):
             self.prepare([s])
         text, masks = self._texts[s.prompt]
-        negative = self._texts.get(s.negative or "")
-        start = noise = self._noise(s, (1, h, w, config.in_channels))
+        negative = self._texts.get(self._negative(s) or "")
+        start = noise = self._noise(s, (1, h, w, config.latent_channels))
         sigmas = schedule(s.steps, s.shift)
         put_back = None
         if edit is not None:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
+from .config import TransformerConfig
 from .device import scalar
-from .models.dit import DiT
+from .loading import Transformer
 
 # What a model distilled by ``training.kdmd`` is sampled with.
 FEW_STEPS = {"steps": 4, "guidance": 1.0, "shift": 3.0}
@@ -27,6 +29,26 @@ def guide(v_pos: mx.array, v_neg: mx.array, guidance: float) -> mx.array:
     return v_neg + guidance * (v_pos - v_neg)
 
 
+def keep_length(v: mx.array, like: mx.array, patch: int) -> mx.array:
+    """v (B, H, W, C) with the length that ``like`` has in each patch, as Qwen-Image is guided."""
+
+    def length(a):
+        a = a.reshape(B, H // patch, patch, W // patch, patch, C)
+        n = mx.sqrt(a.square().sum(axis=(2, 4, 5), keepdims=True))
+        return mx.broadcast_to(n, (B, H // patch, patch, W // patch, patch, 1))
+
+    B, H, W, C = v.shape
+    return v * (length(like) / mx.maximum(length(v), 1e-6)).reshape(B, H, W, 1)
+
+
+def apply_guidance(config: TransformerConfig, v: mx.array, guidance: float) -> mx.array:
+    """Guided velocities (B, H, W, C) of a transformer from v (2·B, H, W, C): those given the text,
+    then those given what guidance leads away from."""
+    v_pos, v_neg = mx.split(v, 2)
+    guided = guide(v_pos, v_neg, guidance)
+    return keep_length(guided, v_pos, config.patch_size) if config.rescale_guidance else guided
+
+
 @dataclass
 class Step:
     """State after one Euler step: x at the next sigma and the image predicted from this one."""
@@ -38,7 +60,7 @@ class Step:
 
 
 def denoise(
-    dit: DiT,
+    dit: Transformer,
     noise: mx.array,
     text: dict,
     masks: dict,
@@ -50,22 +72,22 @@ def denoise(
     """Integrate dx/dt = v from ``noise`` (B, H, W, C) along ``sigmas``, yielding every step.
 
     Time and text conditions are computed once. With guidance != 1 each step evaluates the prompt
-    and ``negative`` (text, masks; the null condition when None) in one batch of 2·B. After each
+    and ``negative`` (text, masks; no text when None) in one batch of 2·B. After each
     step ``put_back`` gets x and its sigma, and returns x with what must stay. Nothing is
     evaluated here: the caller evaluates each step, and may stop at any.
     """
     B = noise.shape[0]
     guided = guidance != 1.0
-    conditions = dit.condition_text(text, masks, B)
+    conditions: Any = dit.condition_text(text, masks, B)  # of the transformer's own kind
     if guided:
         conditions = conditions.join(dit.condition_text(*(negative or ({}, {})), B))
-    times = dit.condition_time(mx.array(sigmas[:-1]))
+    times: Any = dit.condition_time(mx.array(sigmas[:-1]))
     x = noise.astype(mx.float32)  # schedule maths in float32
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
         inputs = mx.concatenate([x, x]) if guided else x
         v = dit.denoise(inputs, times[i : i + 1], conditions).astype(mx.float32)
         if guided:
-            v = guide(v[:B], v[B:], guidance)
+            v = apply_guidance(dit.config, v, guidance)
         x0 = x - sigma * v
         x = x + (following - sigma) * v
         if put_back is not None:

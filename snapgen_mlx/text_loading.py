@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -10,18 +11,26 @@ from .errors import SnapGenError
 from .hub import resolve
 from .layout import TOKENIZERS, load_config
 from .models.clip_text import CLIPText, CLIPTextConfig
-from .models.gemma_text import GemmaText, text_keys
+from .models.gemma_text import GemmaText
 from .models.interfaces import TextEncoder
+from .models.language_model import Tokenizer, text_keys
+from .models.qwen_text import QwenText
 from .models.static_text import StaticText
 from .models.word_tokens import WordTokens
 from .models.word_transformer import WordTransformer, WordTransformerConfig
 from .tensors.affine import dequantize_layers
 from .tensors.weights import assign, load_tensors
-from .tokenizer_files import load_clip_tokenizer, load_gemma_tokenizer, load_word_tokens
+from .tokenizer_files import (
+    load_clip_tokenizer,
+    load_gemma_tokenizer,
+    load_qwen_tokenizer,
+    load_word_tokens,
+)
 
 # The longest text that the encoder of each name reads, in tokens.
-_KINDS = (CLIPText, GemmaText, StaticText, WordTransformer)
+_KINDS = (CLIPText, GemmaText, QwenText, StaticText, WordTransformer)
 TEXT_TOKENS = {encoder.name: encoder.max_tokens for encoder in _KINDS}
+Model = TypeVar("Model", GemmaText, QwenText)
 
 
 def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = None) -> StaticText:
@@ -85,13 +94,23 @@ def load_clip_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> C
 
 
 def load_gemma_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> GemmaText:
-    """Load a Gemma 3 folder, quantized by mlx-lm or not, and its tokenizer.
+    """Load a Gemma 3 folder, quantized by mlx-lm or not, and its tokenizer."""
+    return _load_language_model(GemmaText, folder, load_gemma_tokenizer(tokenizer_folder), dtype)
 
-    On a CPU, quantized layers become float ones, which compute faster there; the embedding
+
+def load_qwen_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> QwenText:
+    """Load a Qwen2.5-VL folder, quantized by mlx-lm or not, and its tokenizer."""
+    return _load_language_model(QwenText, folder, load_qwen_tokenizer(tokenizer_folder), dtype)
+
+
+def _load_language_model(
+    model_class: type[Model], folder, tokenizer: Tokenizer, dtype: mx.Dtype | None
+) -> Model:
+    """On a CPU, quantized layers become float ones, which compute faster there; the embedding
     table keeps its stored type. Raises SnapGenError for missing, damaged or foreign files.
     """
     config, dtype = load_config(folder), dtype or compute_dtype()
-    model = GemmaText(config, load_gemma_tokenizer(tokenizer_folder), dtype)
+    model = model_class(config, tokenizer, dtype)
     tensors = text_keys(load_tensors(folder))
     if quantization := config.get("quantization"):
         model.quantize(quantization, tensors)
@@ -113,6 +132,7 @@ TEXT_ENCODERS: dict[str, Callable[[Path, Path], TextEncoder]] = {
     "clip_text_model": load_clip_text,
     "gemma3_text": load_gemma_text,
     "gemma3": load_gemma_text,
+    "qwen2_5_vl_text": load_qwen_text,
 }
 
 

@@ -13,6 +13,11 @@ from .models.word_tokens import UNKNOWN, WordTokens
 
 WORD_FILES = ("vocab.txt", "emoji.json")  # of a word table; the second may be missing
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # of CLIP
+QWEN_TURNS = ("<|im_start|>", "<|im_end|>")
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load_clip_tokenizer(folder) -> Tokenizer:
@@ -90,6 +95,53 @@ def load_gemma_tokenizer(folder) -> Callable[[str], list[int]]:
         raise SnapGenError(f"the tokenizer in {folder} has no {bos_token} token")
     start = [bos] if extra.get("add_bos_token", True) else []
     return lambda text: start + encode(text)
+
+
+def load_qwen_tokenizer(folder) -> Callable[[str], list[int]]:
+    """A function, text -> ids, from tokenizer.json or else vocab.json and merges.txt, with the
+    tokens that tokenizer_config.json or added_tokens.json adds.
+
+    Raises SnapGenError when the files are missing or damaged.
+    """
+    folder = Path(folder)
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        elif vocab.is_file() and merges.is_file():
+            tokenizer = Tokenizer(BPE.from_file(str(vocab), str(merges)))
+            tokenizer.normalizer = normalizers.NFC()
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+            added = _added_tokens(folder)
+            tokenizer.add_special_tokens([added[i] for i in sorted(added)])
+            if any(tokenizer.token_to_id(token) != i for i, token in added.items()):
+                raise SnapGenError(f"{folder}: added tokens do not follow {vocab.name}")
+        else:
+            raise SnapGenError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+    except SnapGenError:
+        raise
+    except Exception as e:  # the tokenizers library raises nothing more precise
+        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
+    for token in QWEN_TURNS:
+        if tokenizer.token_to_id(token) is None:
+            raise SnapGenError(f"the tokenizer in {folder} has no {token} token; is it Qwen's?")
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """{id: token} of what a vocabulary file does not hold."""
+    config, table = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    if table.is_file():
+        return {i: token for token, i in read_json(table).items()}
+    entries = read_json(config).get("added_tokens_decoder", {}) if config.is_file() else {}
+    return {int(i): entry["content"] for i, entry in entries.items()}
 
 
 def load_word_tokens(folder, max_tokens: int) -> WordTokens:

@@ -7,9 +7,10 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from mlx.utils import tree_flatten
 
+from snapgen_mlx.config import QwenImageConfig
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import qwen_image
-from snapgen_mlx.models.qwen_image import QwenImage, QwenImageConfig
+from snapgen_mlx.models.qwen_image import QwenImage
 from snapgen_mlx.tensors.weights import assign
 
 TINY = dict(
@@ -128,13 +129,39 @@ def test_one_row_of_a_schedule_is_that_timestep(tiny):
     assert rel(ours.denoise(x, times[2:3], text), alone) < 1e-5
 
 
-def test_blocks_are_evaluated_in_groups(monkeypatch):
-    _, ours = pair(num_layers=9)
-    x, t, states = inputs()
-    evaluated = []
-    monkeypatch.setattr(qwen_image.mx, "eval", lambda *arrays: evaluated.append(len(arrays)))
-    ours(x, t, {"qwen": states})
-    assert evaluated == [2, 2]  # image and text after blocks 4 and 8
+@pytest.mark.parametrize("tokens", [24, 48, 1000])
+def test_a_batch_in_parts_is_the_whole(tiny, monkeypatch, tokens):
+    x, t, states = inputs(3)
+    mask = mx.arange(5) < mx.array([[5], [3], [1]])
+    whole = tiny[1](x, t, {"qwen": states}, {"qwen": mask})
+    monkeypatch.setattr(qwen_image, "TOKENS", tokens)
+    assert rel(tiny[1](x, t, {"qwen": states}, {"qwen": mask}), whole) < 1e-6
+
+
+def test_read_once_holds_a_group_of_blocks_at_most(tmp_path, monkeypatch):
+    """Of weights read lazily from a file, and for a batch in two parts."""
+    config = QwenImageConfig(**(TINY | {"num_layers": 12, "num_attention_heads": 8}))
+    mx.random.seed(0)
+    weights = dict(tree_flatten(QwenImage(config).parameters()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    size = sum(a.nbytes for a in weights.values())
+    del weights
+    monkeypatch.setattr(qwen_image, "GROUP", 2)
+    monkeypatch.setattr(qwen_image, "TOKENS", 4)
+    x, t, states = mx.random.normal((2, 4, 4, 4)), mx.array([0.5, 0.9]), inputs()[2]
+    mx.eval(x, t, states)
+    peaks, results = [], []
+    for read_once in (True, False):
+        model = QwenImage(config, read_once)
+        assign(model, mx.load(str(tmp_path / "model.safetensors")), "transformer")
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        results.append(model(x, t, {"qwen": states}))
+        mx.eval(results)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < size / 3 and peaks[1] > size
+    assert mx.array_equal(*results)
 
 
 def test_full_geometry_has_the_published_size():

@@ -10,7 +10,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTe
 
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import qwen_text
-from snapgen_mlx.models.gemma_text import import_mlx_lm
+from snapgen_mlx.models.language_model import import_mlx_lm
 from snapgen_mlx.models.qwen_text import QwenText
 from snapgen_mlx.tensors.weights import assign
 

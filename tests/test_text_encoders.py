@@ -21,6 +21,7 @@ from snapgen_mlx import text_loading
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import clip_text, gemma_text
 from snapgen_mlx.models.clip_text import CLIPText
+from snapgen_mlx.models.language_model import import_mlx_lm
 from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.text_loading import load_clip_text, load_gemma_text
 from snapgen_mlx.tokenizer_files import BOS, EOS, load_clip_tokenizer, load_gemma_tokenizer
@@ -225,7 +226,7 @@ def test_gemma_encodes_text_as_the_original(gemma, gemma_folder, gemma_tokenizer
     states, mask = ours.encode(TEXTS)
     tokenizer.padding_side = "right"
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=256, return_tensors="pt")
-    assert [ours._tokenize(t) for t in TEXTS] == [tokenizer(t)["input_ids"] for t in TEXTS]
+    assert [ours._tokenizer(t) for t in TEXTS] == [tokenizer(t)["input_ids"] for t in TEXTS]
     valid = batch["attention_mask"].bool().numpy()
     assert np.array_equal(np.array(mask), valid)
     assert valid.sum(axis=1).tolist()[1] == 1  # <bos> alone
@@ -259,8 +260,8 @@ def test_gemma_from_a_multimodal_folder(gemma, gemma_folder, gemma_tokenizers, t
 @pytest.mark.parametrize("keep", [False, True])
 def test_gemma_quantized_by_mlx_lm(gemma, gemma_tokenizers, tmp_path, monkeypatch, keep):
     """A 4-bit folder with one 8-bit layer equals the same weights quantized and back, by hand."""
-    utils = gemma_text.import_mlx_lm("utils")
-    gemma3 = gemma_text.import_mlx_lm("models.gemma3_text")
+    utils = import_mlx_lm("utils")
+    gemma3 = import_mlx_lm("models.gemma3_text")
     config = gemma.config.to_dict() | {"model_type": "gemma3_text", "vocab_size": 320}
     model = gemma3.Model(gemma3.ModelArgs.from_dict(gemma_text.text_config(config)))
     weights = model.sanitize(to_mlx(gemma.state_dict(), "model."))
@@ -297,14 +298,14 @@ def test_gemma_config_defaults_are_those_of_transformers():
     given = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     given |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
     theirs = Gemma3TextConfig(**given)
-    args = gemma_text.import_mlx_lm("models.gemma3_text").ModelArgs.from_dict(
+    args = import_mlx_lm("models.gemma3_text").ModelArgs.from_dict(
         gemma_text.text_config({"text_config": given})
     )
     for key in [*gemma_text.DEFAULTS, "query_pre_attn_scalar", "rms_norm_eps"]:
         assert getattr(args, key) == getattr(theirs, key), key
     for config in (theirs.to_dict(), given):
         text = gemma_text.text_config(config)
-        args = gemma_text.import_mlx_lm("models.gemma3_text").ModelArgs.from_dict(text)
+        args = import_mlx_lm("models.gemma3_text").ModelArgs.from_dict(text)
         assert (args.rope_theta, args.rope_local_base_freq) == (1e6, 1e4)
         assert args.rope_scaling["factor"] == 8.0
         assert args.sliding_window_pattern == 6
@@ -325,7 +326,7 @@ def test_importing_mlx_lm_leaves_the_file_limit():
 
     code = (
         "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (1024, 3000));"
-        "from snapgen_mlx.models.gemma_text import import_mlx_lm as i; i('models.gemma3_text');"
+        "from snapgen_mlx.models.language_model import import_mlx_lm as i; i('models.gemma3_text');"
         "assert r.getrlimit(r.RLIMIT_NOFILE) == (1024, 3000)"
     )
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 3000

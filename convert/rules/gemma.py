@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from ...models.gemma_text import GemmaText, text_keys
+from ...models.gemma_text import GemmaText
+from ...models.language_model import text_keys
 from ...tensors.stream import COPY, Step
 from ...tensors.weights import parameter_shapes
 from .interface import Drop

@@ -3,7 +3,15 @@
 from typing import NamedTuple
 
 from ...errors import SnapGenError
-from . import clip, gemma, qwen_vae, snapgen_autoencoder, transformer
+from . import (
+    clip,
+    gemma,
+    qwen_language,
+    qwen_transformer,
+    qwen_vae,
+    snapgen_autoencoder,
+    transformer,
+)
 from .interface import Rules
 
 
@@ -21,6 +29,9 @@ KINDS = {
     "SnapGenPPTransformer2DModel": Kind(
         "transformer", transformer, "snapgen_mlx", "SnapGenPPTransformer2DModel"
     ),
+    "QwenImageTransformer2DModel": Kind(
+        "transformer", qwen_transformer, "diffusers", "QwenImageTransformer2DModel"
+    ),
     "AutoencoderKLQwenImage": Kind("vae", qwen_vae, "diffusers", "AutoencoderKLQwenImage"),
     "SnapGenAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "SnapGenAutoencoder"),
     "StickerAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "StickerAutoencoder"),
@@ -28,10 +39,14 @@ KINDS = {
     "gemma3_text": Kind(
         "text_encoder_2", gemma, "transformers", "Gemma3TextModel", "GemmaTokenizer"
     ),
+    "qwen2_5_vl_text": Kind(
+        "text_encoder", qwen_language, "transformers", "Qwen2_5_VLTextModel", "Qwen2Tokenizer"
+    ),
     "static_text": Kind("text_encoder", None, "snapgen_mlx", "StaticText"),
     "word_transformer": Kind("text_encoder", None, "snapgen_mlx", "WordTransformer"),
 }
-ALIASES = {"clip": "clip_text_model", "gemma3": "gemma3_text"}  # whole models, with image towers
+# Whole models, with image towers.
+ALIASES = {"clip": "clip_text_model", "gemma3": "gemma3_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 
 
 def kind_of(config: dict, where) -> Kind:

@@ -1,15 +1,9 @@
 """Gemma 3 as a text encoder: mlx-lm's layers under a forward pass with a padding mask."""
 
-import resource
-from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
-
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..errors import SnapGenError
-from .sizes import encoding_bytes, weight_bytes
+from .language_model import LanguageModel, Tokenizer, import_mlx_lm
 
 # What a config.json leaves out means transformers' defaults, which are not mlx-lm's.
 DEFAULTS = {
@@ -27,20 +21,6 @@ UNSUPPORTED = (
     "attn_logit_softcapping",
     "use_bidirectional_attention",
 )
-
-
-def import_mlx_lm(name: str) -> ModuleType:
-    """Import a module of mlx-lm without its side effect on the limit of open files.
-
-    Importing it takes over a second, and lowers the limit for good (or fails where the hard
-    limit is below what it asks for).
-    """
-    set_limit = resource.setrlimit
-    resource.setrlimit = lambda *_: None
-    try:
-        return import_module(f"mlx_lm.{name}")
-    finally:
-        resource.setrlimit = set_limit
 
 
 def text_config(config: dict) -> dict:
@@ -69,60 +49,17 @@ def text_config(config: dict) -> dict:
     return text
 
 
-def text_keys(tensors: dict) -> dict:
-    """Rename the keys of any Gemma 3 checkpoint to ``model.*``; drop vision tower and LM head."""
-    out = {}
-    for key, a in tensors.items():
-        path = key.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
-        if path.startswith(("embed_tokens.", "layers.", "norm.")):
-            path = f"model.{path}"
-        vision = ("vision_tower.", "multi_modal_projector.")
-        if not path.removeprefix("model.").startswith((*vision, "lm_head.")):
-            out[path] = a
-    return out
-
-
-class GemmaText(nn.Module):
+class GemmaText(LanguageModel):
     name = "gemma"
     max_tokens = 256
 
     def __init__(
-        self,
-        config: dict,
-        tokenizer: Callable[[str], list[int]] | None = None,
-        dtype: mx.Dtype = mx.float32,
+        self, config: dict, tokenizer: Tokenizer | None = None, dtype: mx.Dtype = mx.float32
     ):
         """config: the dictionary of a config.json; tokenizer: text -> ids; dtype, of states."""
-        super().__init__()
         gemma3 = import_mlx_lm("models.gemma3_text")
         args = gemma3.ModelArgs.from_dict(text_config(config))
-        self.args = args
-        self.model = gemma3.Gemma3Model(args)
-        self._tokenize = tokenizer
-        self._dtype = dtype
-
-    @property
-    def nbytes(self) -> int:
-        return weight_bytes(self)
-
-    def encoding_bytes(self) -> int:
-        a = self.args
-        return encoding_bytes(
-            a.num_attention_heads, a.hidden_size, a.intermediate_size, self.max_tokens
-        )
-
-    def quantize(self, quantization: dict, tensors: dict[str, mx.array]) -> None:
-        """Make the layers that are stored quantized quantized ones.
-
-        Args: quantization, of a config.json of mlx-lm; tensors, the weights by their keys here.
-        """
-        overrides = text_keys({f"{k}.": v for k, v in quantization.items() if isinstance(v, dict)})
-        defaults = {k: v for k, v in quantization.items() if k in ("group_size", "bits", "mode")}
-
-        def predicate(path, _):
-            return f"{path}.scales" in tensors and overrides.get(f"{path}.", defaults)
-
-        nn.quantize(self, **defaults, class_predicate=predicate)
+        super().__init__(args, gemma3.Gemma3Model(args), tokenizer, dtype)
 
     def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
         """Ids and mask of valid tokens (B, L) -> last hidden states after the norm (B, L, dim).
@@ -144,9 +81,5 @@ class GemmaText(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the raw texts, at most 256 tokens each."""
-        assert self._tokenize is not None
-        rows = [self._tokenize(text)[: self.max_tokens] for text in texts]
-        longest = max(len(row) for row in rows)
-        ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
-        mask = mx.arange(longest) < mx.array([len(row) for row in rows])[:, None]
+        ids, mask = self.tokenize(texts, self.max_tokens)
         return self(ids, mask), mask

@@ -4,78 +4,26 @@ Its parameter tree has the keys of diffusers' ``QwenImageTransformer2DModel``. I
 ``dit.DiT`` is: conditions of time and text first, then tokens, then the velocity.
 """
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
-from ..config import ConfigMixin
+from ..config import QWEN_TEXT, QwenImageConfig
 from ..errors import SnapGenError
 from .attention import EPS, apply_rope, rotations, sdpa
 from .dit import FREQUENCIES, gelu_tanh, modulate
 
-TEXT = "qwen"  # the name of the only text states that it reads
 THETA = 10000.0
 MAX_POSITIONS = 4096  # of a text behind the picture's; the original has a table of so many
-# Blocks that are evaluated at once. It bounds what is in flight; weights that were read lazily
-# are read group by group. So the model cannot be differentiated or compiled: it only teaches.
+# Blocks, and image tokens, that are evaluated at once. It bounds what is in flight, and weights
+# that are read lazily are read group by group, once for a whole batch. So the model cannot be
+# differentiated or compiled: it only teaches.
 GROUP = 4
-UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
-
-
-@dataclass
-class QwenImageConfig(ConfigMixin):
-    """The keys of diffusers' ``QwenImageTransformer2DModel``; sizes are Qwen-Image's own."""
-
-    patch_size: int = 2
-    in_channels: int = 64
-    out_channels: int = 16
-    num_layers: int = 60
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 3584
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self)[:-1]:
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise SnapGenError(f"Qwen-Image config: {field.name} must be a positive integer")
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or any(type(n) is not int or n < 2 or n % 2 for n in axes):
-            raise SnapGenError("Qwen-Image config: axes_dims_rope must be three even numbers")
-        if sum(axes) != self.attention_head_dim:
-            raise SnapGenError("Qwen-Image config: axes_dims_rope must add up to a head's dims")
-        if self.in_channels != self.out_channels * self.patch_size**2:
-            raise SnapGenError("Qwen-Image config: in_channels must be a patch of out_channels")
-
-    @classmethod
-    def from_dict(cls, d: dict) -> Self:
-        """Read a config.json. Raises SnapGenError for variants that work otherwise."""
-        for key in UNSUPPORTED:
-            if d.get(key):
-                raise SnapGenError(f"Qwen-Image config: {key} = {d[key]!r} is not supported")
-        return super().from_dict(d)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def latent_channels(self) -> int:
-        return self.out_channels
-
-    @property
-    def text_dims(self) -> dict[str, int]:
-        return {TEXT: self.joint_attention_dim}
-
-    @property
-    def token_multiple(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return self.patch_size
+TOKENS = 8192
 
 
 @dataclass
@@ -88,6 +36,10 @@ class TimeCondition:
 
     def __getitem__(self, i) -> "TimeCondition":
         return TimeCondition(self.embedding[i], [(a[i], b[i]) for a, b in self.blocks])
+
+    def expand(self, batch: int) -> "TimeCondition":
+        """One row for all of a batch as a row for each."""
+        return self if len(self.embedding) == batch else self[mx.zeros(batch, mx.int32)]
 
 
 @dataclass
@@ -258,12 +210,25 @@ class Final(nn.Module):
         return modulate(x, shift, scale)
 
 
-class QwenImage(nn.Module):
-    """Predicts the velocity of a noisy latent from time and text."""
+def groups(items: Sequence) -> list[Sequence]:
+    return [items[i : i + GROUP] for i in range(0, len(items), GROUP)]
 
-    def __init__(self, config: QwenImageConfig):
+
+def drop_weights(module: nn.Module) -> None:
+    module.update(tree_map(lambda _: mx.array(0.0), module.parameters()))
+
+
+class QwenImage(nn.Module):
+    """Predicts the velocity of a noisy latent from time and text.
+
+    read_once: weights are let go of when they have been used, so that those of a group of blocks
+    are in memory at most, where they are read lazily. The model then serves one condition of time
+    and one ``features`` with its ``head``.
+    """
+
+    def __init__(self, config: QwenImageConfig, read_once: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.read_once = config, read_once
         d = config.hidden_size
         self.time_text_embed = TimeEmbedding(d)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
@@ -278,13 +243,20 @@ class QwenImage(nn.Module):
 
         A third of the model's weights are used here alone.
         """
-        embedding = self.time_text_embed.timestep_embedder(t)
-        return TimeCondition(embedding, [b.modulation(embedding) for b in self.transformer_blocks])
+        embedding, vectors = self.time_text_embed.timestep_embedder(t), []
+        for group in groups(self.transformer_blocks):
+            vectors += [block.modulation(embedding) for block in group]
+            mx.eval(vectors)
+            if self.read_once:
+                for block in group:
+                    drop_weights(block.img_mod[1])
+                    drop_weights(block.txt_mod[1])
+        return TimeCondition(embedding, vectors)
 
     def condition_text(self, text: dict, masks: dict | None, batch: int) -> TextCondition:
         """text {"qwen": (B, L, dim)}, masks {"qwen": (B, L) bool}; without text, the picture's
         tokens attend to each other alone."""
-        states, mask = text.get(TEXT), (masks or {}).get(TEXT)
+        states, mask = text.get(QWEN_TEXT), (masks or {}).get(QWEN_TEXT)
         dtype, d = self.txt_in.bias.dtype, self.config.hidden_size
         if states is None:
             return TextCondition(mx.zeros((batch, 1, d), dtype), mx.zeros((batch, 1), mx.bool_))
@@ -306,18 +278,29 @@ class QwenImage(nn.Module):
         return self.head(self.features(x, time, text), time)
 
     def features(self, x: mx.array, time: TimeCondition, text: TextCondition) -> mx.array:
-        """Image tokens (B, h, w, d) after the last block; earlier ones are evaluated on the way."""
+        """Image tokens (B, h, w, d) after the last block, evaluated."""
         x = self.img_in(pack(x, self.config.patch_size).astype(self.img_in.bias.dtype))
         B, h, w, d = x.shape
-        image, tokens = x.reshape(B, h * w, d), text.tokens
+        image, tokens, time = x.reshape(B, h * w, d), text.tokens, time.expand(B)
         rope = rope_table((h, w), tokens.shape[1], self.config.axes_dims_rope)
         seen = mx.ones((B, h * w), mx.bool_)
         mask = mx.concatenate([text.mask, seen], axis=1)[:, None, None]
-        for i, (block, m) in enumerate(zip(self.transformer_blocks, time.blocks, strict=True)):
-            image, tokens = block(image, tokens, m, mask, rope)
-            if i % GROUP == GROUP - 1:
+        rows = max(1, TOKENS // (h * w))
+        parts = [
+            (image[i : i + rows], tokens[i : i + rows], time[i : i + rows], mask[i : i + rows])
+            for i in range(0, B, rows)
+        ]
+        for group in groups(range(len(self.transformer_blocks))):
+            for n, (image, tokens, part_time, part_mask) in enumerate(parts):
+                for i in group:
+                    block = self.transformer_blocks[i]
+                    image, tokens = block(image, tokens, part_time.blocks[i], part_mask, rope)
                 mx.eval(image, tokens)
-        return image.reshape(B, h, w, d)
+                parts[n] = image, tokens, part_time, part_mask
+            if self.read_once:
+                for i in group:
+                    drop_weights(self.transformer_blocks[i])
+        return mx.concatenate([part[0] for part in parts]).reshape(B, h, w, d)
 
     def head(self, features: mx.array, time: TimeCondition) -> mx.array:
         """Velocity (B, H, W, C) from the last block's tokens (B, h, w, d)."""

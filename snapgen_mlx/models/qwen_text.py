@@ -3,13 +3,10 @@
 The layers are mlx-lm's. For text alone its three-part rotary positions are ordinary ones.
 """
 
-from collections.abc import Callable
-
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..errors import SnapGenError
-from .gemma_text import import_mlx_lm
+from .language_model import LanguageModel, Tokenizer, import_mlx_lm
 
 # What Qwen-Image says to the language model around the text; states of what comes before the text
 # are not read.
@@ -51,23 +48,17 @@ def text_config(config: dict) -> dict:
     return text | {"rope_theta": theta, "rope_scaling": None}
 
 
-class QwenText(nn.Module):
+class QwenText(LanguageModel):
     name = "qwen"
     max_tokens = 512  # that are read; the longest text of diffusers' pipeline
 
     def __init__(
-        self,
-        config: dict,
-        tokenizer: Callable[[str], list[int]] | None = None,
-        dtype: mx.Dtype = mx.float32,
+        self, config: dict, tokenizer: Tokenizer | None = None, dtype: mx.Dtype = mx.float32
     ):
         """config: the dictionary of a config.json; tokenizer: text -> ids; dtype, of states."""
-        super().__init__()
         qwen2 = import_mlx_lm("models.qwen2")
-        self.args = qwen2.ModelArgs.from_dict(text_config(config))
-        self.model = qwen2.Qwen2Model(self.args)
-        self._tokenize = tokenizer
-        self._dtype = dtype
+        args = qwen2.ModelArgs.from_dict(text_config(config))
+        super().__init__(args, qwen2.Qwen2Model(args), tokenizer, dtype)
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Ids (B, L) -> last hidden states after the norm (B, L, dim).
@@ -79,10 +70,6 @@ class QwenText(nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the texts within the template, from the text on."""
-        end = UNREAD + self.max_tokens
-        assert self._tokenize is not None
-        rows = [self._tokenize(TEMPLATE.format(text))[:end] for text in texts]
-        longest = max(len(row) for row in rows)
-        ids = mx.array([row + [0] * (longest - len(row)) for row in rows])
-        mask = mx.arange(longest) < mx.array([len(row) for row in rows])[:, None]
+        texts = [TEMPLATE.format(text) for text in texts]
+        ids, mask = self.tokenize(texts, UNREAD + self.max_tokens)
         return self(ids)[:, UNREAD:], mask[:, UNREAD:]

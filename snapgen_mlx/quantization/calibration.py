@@ -33,7 +33,7 @@ class Calibration:
         """For a model folder, in the size that its config names."""
         pipe = load_widths(model)[-1]
         s = pipe.settings("any")
-        shape = (len(prompts), *pipe.latent_size(s), pipe.dit_config.in_channels)
+        shape = (len(prompts), *pipe.latent_size(s), pipe.dit_config.latent_channels)
         noise = mx.random.normal(shape, key=mx.random.key(seed))
         text, masks = pipe.encode(prompts)
         mx.eval(noise, text, masks)

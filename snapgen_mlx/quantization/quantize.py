@@ -176,13 +176,14 @@ def _affordable(size: int, model: Path, config: DiTConfig, shapes: dict, form: B
 
 def load_rounded(model: Path, layers: dict[str, int], form: Backend) -> Iterator[Pipeline]:
     """The model's widths, one after the other, with these layers rounded to so many bits."""
+    widths = load_dit_config(model).widths
     for index, pipe in enumerate(load_widths(model)):
         tensors = load_tensors(model / "transformer")
         modules = dict(pipe.dit.named_modules())
         for layer, bits in layers.items():
             if width_has(layer, index):
                 change = form.rounding(tensors.pop(f"{layer}.weight"), bits)
-                change = cutter(layer, pipe.dit_config.widths[index])(change)
+                change = cutter(layer, widths[index])(change)
                 module = modules[own_path(layer)]
                 # Not in the place of it: a few-step LoRA may be fused with the weight.
                 module.weight = module.weight + change.astype(module.weight.dtype)

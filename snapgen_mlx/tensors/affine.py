@@ -53,11 +53,13 @@ def float_weight(layer: nn.Module) -> mx.array:
 
 
 def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Make a model's packed Linear layers, which have no bias, float ones."""
+    """Make a model's packed Linear layers float ones."""
     layers = []
     for path, packed in module.named_modules():
         if isinstance(packed, nn.QuantizedLinear):
-            layer = nn.Linear(1, 1, bias=False)
+            layer = nn.Linear(1, 1, bias="bias" in packed)
             layer.weight = float_weight(packed).astype(dtype)
+            if "bias" in packed:
+                layer.bias = packed.bias.astype(dtype)
             layers.append((path, layer))
     module.update_modules(tree_unflatten(layers))
