@@ -89,7 +89,7 @@ def normalised(z: Tensor) -> Tensor:
 
 
 def image_loss(image: Tensor, target: Tensor, alpha_weight: float) -> Tensor:
-    """L1 + MSE + L1 of finite differences at three scales; images (B, H, W, 4)."""
+    """L1 + 5 MSE + half the L1 of finite differences at three scales; images (B, H, W, 4)."""
     weights = torch.tensor([1, 1, 1, alpha_weight])
     error = (image.float() - target) * (weights / weights.mean())
     loss = error.abs().mean() + 5 * error.square().mean()
