@@ -52,8 +52,8 @@ def convert(
     """
     import mlx.core as mx
 
+    from snapgen_mlx.convert.conversion_report import save_report
     from snapgen_mlx.convert.to_mlx import convert as run
-    from snapgen_mlx.convert.to_mlx import save_report
 
     try:
         result = run(

@@ -14,14 +14,15 @@ import mlx.core as mx
 from ..config import QWEN_IMAGE, DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write, file_sha256, read_json, write_json
-from ..hub import commit_of, resolve
+from ..hub import resolve
 from ..layout import FEW_STEP, FORMAT, TOKENIZERS
 from ..loading import layer_shapes
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
 from ..lora_file import find_file
-from ..tensors.stream import Row, Step, verify, write_components
+from ..tensors.stream import Step, verify, write_components
 from ..tokenizer_files import copy_word_files
-from .plan import Dropped, PlannedComponent, find_components, plan
+from .conversion_report import dtype_name, make_report, model_card
+from .plan import PlannedComponent, find_components, plan
 
 JOURNAL = "journal.json"
 
@@ -62,12 +63,12 @@ def convert(
     components, index = find_components(path, only, config)
     for component in components.values():
         plan(component, dtype, quantize, ema)
-    settings: dict[str, Any] = {"quantize": quantize, "dtype": _name(dtype), "ema": ema}
+    settings: dict[str, Any] = {"quantize": quantize, "dtype": dtype_name(dtype), "ema": ema}
     if loras:
         settings["loras"] = _fuse(components, loras)
     if few_step_lora:
         settings["few_step_lora"] = _check_few_step_lora(components, few_step_lora)
-    report = _report(source, path, settings, components)
+    report = make_report(source, path, settings, components)
     if dry_run:
         return report | {"status": "planned"}
     report["files"] = _hash(path, components)
@@ -87,7 +88,7 @@ def convert(
             _copy_few_step_lora(few_step_lora, components["transformer"], partial)
         write_json(partial / "config.json", head)
         with atomic_write(partial / "README.md") as tmp:
-            tmp.write_text(_card(report))
+            tmp.write_text(model_card(report))
         report["written"] = verify(partial, components.values())
         (partial / JOURNAL).unlink()
         os.replace(partial, dest)
@@ -160,45 +161,6 @@ def _with_update(step: Step, update: Update) -> Step:
         return fuse_lora({"layer.weight": step.apply(a)}, {"layer": update})["layer.weight"]
 
     return Step(f"{step.action}, LoRA", apply)
-
-
-def _name(dtype: mx.Dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("mlx.core.")
-
-
-def _report(source, path, settings, components) -> dict:
-    return {
-        "source": str(source),
-        "revision": commit_of(path),
-        **settings,
-        "bytes": sum(c.nbytes for c in components.values()),
-        "components": {
-            name: {
-                "bytes": c.nbytes,
-                "parameters": c.parameters,
-                "prefixes": c.wrappers,
-                "tensors": [_tensor(row) for row in c.rows],
-                "dropped": [_dropped(row) for row in c.dropped],
-            }
-            for name, c in components.items()
-        },
-    }
-
-
-def _tensor(row: Row) -> dict:
-    return {
-        "source": row.source,
-        "target": row.target,
-        "shape": list(row.shape),
-        "dtype": _name(row.dtype),
-        "action": row.action,
-        "bytes": row.nbytes,
-    }
-
-
-def _dropped(row: Dropped) -> dict:
-    nothing = {"target": None, "dtype": None}
-    return {"source": row.source, "shape": list(row.shape), "action": row.action, **nothing}
 
 
 def _hash(path: Path, components: dict[str, PlannedComponent]) -> dict[str, str]:
@@ -319,35 +281,3 @@ def _copy_tokenizer(component: PlannedComponent, partial: Path) -> None:
         target = partial / TOKENIZERS[component.name]
         target.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.name)
-
-
-def _card(report: dict) -> str:
-    made = f"from `{report['source']}`"
-    if report["revision"]:
-        made += f" at revision `{report['revision']}`"
-    if report["quantize"]:
-        made += f", quantized to {report['quantize']} bits"
-    lines = [
-        "---",
-        "library_name: mlx",
-        "pipeline_tag: text-to-image",
-        "tags: [mlx, snapgen]",
-        "---",
-        "",
-        "# SnapGen++ for MLX",
-        "",
-        f"Converted by snapgen-mlx {made}. The terms of the original weights hold for these.",
-        "",
-        '    snapgen-mlx generate "a smiling cat" -m THIS_FOLDER',
-        "",
-        "| component | parameters | MB |",
-        "|---|---|---|",
-    ]
-    for name, part in report["components"].items():
-        lines.append(f"| {name} | {part['parameters'] / 1e6:.1f} M | {part['bytes'] / 1e6:.1f} |")
-    return "\n".join(lines) + "\n"
-
-
-def save_report(path, report: dict) -> None:
-    with atomic_write(path) as tmp:
-        tmp.write_text(json.dumps(report, indent=1) + "\n")
