@@ -1,6 +1,7 @@
 """What commands share: a model that may be left out, and pictures with captions."""
 
 import math
+import random
 from pathlib import Path
 
 import click
@@ -17,6 +18,20 @@ def optional_model(ctx, param, values: tuple[str, ...]) -> str | None:
 
 
 model_argument = click.argument("model", nargs=-1, callback=optional_model, metavar="[MODEL]")
+
+
+class Seed(click.ParamType):
+    """A number, or "random" for one by chance."""
+
+    name = "n|random"
+
+    def convert(self, value, param, ctx) -> int:
+        if value == "random":
+            return random.randrange(2**32)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor random", param, ctx)
 
 
 class Number(click.FloatRange):
@@ -134,26 +149,6 @@ def _lora_files(ctx, param, values: tuple[str, ...]) -> list[tuple[str, float]]:
             raise click.BadParameter(f"{scale} is no scale", ctx, param)
         pairs.append(pair)
     return pairs
-
-
-class Bar:
-    """A progress bar that appears with the first progress."""
-
-    def __init__(self, **look):
-        self._look, self._bar = look, None
-
-    def update(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, leave=False, disable=None, **self._look)
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self.close()
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.close()
 
 
 def speaker():

@@ -2,7 +2,8 @@
 
 import click
 
-from .arguments import Bar, lora_files_option
+from .arguments import lora_files_option
+from .progress import Bar
 
 
 @click.command()
@@ -68,7 +69,7 @@ def convert(
             loras=loras,
             few_step_lora=few_step_lora,
             dry_run=dry_run,
-            progress=Bar(unit="B", unit_scale=True).update,
+            progress=Bar("B").update,
         )
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)

@@ -1,6 +1,9 @@
 """The ``snapgen-mlx`` command. Subcommands load lazily, so that ``--help`` answers at once."""
 
 import importlib
+import os
+import signal
+import sys
 
 import click
 
@@ -29,16 +32,30 @@ class Commands(click.Group):
     Exit code 2 for a request that cannot be met, 1 for a failure.
     """
 
+    def main(self, *args, **options):
+        _open_closed_streams()
+        return super().main(*args, **options)
+
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # now, where an error can be told
+            return result
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as e:
             if ctx.params["debug"]:
                 raise
-            known = isinstance(e, SnapGenError)
-            line = str(e) if known else f"unexpected {type(e).__name__}: {e} (--debug shows where)"
+            if isinstance(e, SnapGenError):
+                line = str(e)
+            elif isinstance(e, OSError) and e.strerror:
+                line = ": ".join(filter(None, (_name(e.filename), e.strerror)))
+            else:
+                line = f"unexpected {type(e).__name__}: {e} (--debug shows where)"
             click.echo("error: " + " ".join(line.split()), err=True)
             ctx.exit(2 if isinstance(e, UsageError) else 1)
 
@@ -54,6 +71,22 @@ class Commands(click.Group):
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _open_closed_streams() -> None:
+    """Keep files from getting the numbers of standard streams that are closed: what is written to
+    standard error would end up in a picture."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+
+
+def _name(filename) -> str:
+    return "" if filename is None else str(filename)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,7 +2,8 @@
 
 import click
 
-from .generate import output_path
+from .arguments import Seed
+from .progress import Bar
 
 
 @click.command()
@@ -10,16 +11,15 @@ from .generate import output_path
 @click.option("--styles", multiple=True, help="Words for a style, as 3d; several times or 3d,flat.")
 @click.option("-m", "--model", help="Model folder or Hub id (default: the embedded model).")
 @click.option("--variant", help="auto, tiny, small or full (default: auto, the widest that fits).")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=Seed(), default=0, show_default=True)
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1, 1000))
 @click.option("-o", "--output", required=True, type=click.Path(), help="A new folder.")
 def pack(prompts, styles, model, variant, seed, count, output):
     """Draw PROMPTS with {choices} as a pack: stickers, emoji, icons, a sheet and a manifest."""
     from pathlib import Path
 
-    from tqdm import tqdm
-
     from snapgen_mlx.files import atomic_folder
+    from snapgen_mlx.names import file_words
     from snapgen_mlx.packs import Sticker, write_pack
     from snapgen_mlx.pipeline import Pipeline
     from snapgen_mlx.prompts import expand
@@ -33,10 +33,14 @@ def pack(prompts, styles, model, variant, seed, count, output):
         wanted = [pipe.settings(text, seed=s) for text in texts for s in range(seed, seed + count)]
         pipe.prepare(wanted)
 
+        bar = Bar("picture")
+        for line in dict.fromkeys(line for settings in wanted for line in pipe.notes(settings)):
+            click.echo(f"note: {line}", err=True)
+
         def stickers():
             names = set()
-            for settings in tqdm(wanted, unit="picture"):
-                stem = output_path("{prompt}-{seed}", settings.prompt, settings.seed).stem
+            for i, settings in enumerate(wanted):
+                stem = f"{file_words(settings.prompt)}-{settings.seed}"
                 name, n = stem, 1
                 while name in names:
                     n += 1
@@ -44,6 +48,7 @@ def pack(prompts, styles, model, variant, seed, count, output):
                 names.add(name)
                 image = pipe.decode(last_step(pipe.stream(settings)).x)
                 yield Sticker(name, image, pipe.metadata(settings))
+                bar.update(i + 1, len(wanted))
 
         entries = write_pack(folder, Path(output).name, stickers())
     click.echo(f"{output}  {len(entries)} stickers, sheet.png, manifest.json")

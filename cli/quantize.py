@@ -7,7 +7,7 @@ import signal
 import click
 from click.core import ParameterSource
 
-from .arguments import Bar
+from .progress import Bar
 from .training_run import Stop, awake
 
 
@@ -76,7 +76,7 @@ def quantize(
     from snapgen_mlx.quantization.quantize import quantize as run
 
     folder = resolve_model(model)
-    bar = Bar(unit="layer")
+    bar = Bar("layer")
 
     def follow(record):
         bar.close()

@@ -1,18 +1,21 @@
 """Writing files and folders whole or not at all: a temporary name, fsync, then rename."""
 
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SnapGenError
 
 UNFINISHED = ".unfinished"  # ends the names of temporary folders
+NAMED = 24  # characters of a name that the name of its temporary file or folder shows
 
 
 def file_sha256(path) -> str:
@@ -48,7 +51,8 @@ def _remove_unfinished(path: Path) -> None:
 
     On a shared disk another machine's process may have the number of none here.
     """
-    own = rf"\.{re.escape(path.name)}\.{re.escape(_machine())}\.(\d+)\.\w{{8}}"
+    shown = re.escape(path.name[:NAMED])
+    own = rf"\.{shown}\.{re.escape(_machine())}\.(\d+)\.\w{{8}}"
     name = re.compile(own + re.escape(UNFINISHED))
     for folder in path.parent.iterdir():
         if match := name.fullmatch(folder.name):
@@ -84,16 +88,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``.
-
-    On any error the temporary file is removed and what stood at ``path`` before is untouched.
-    Raises SnapGenError when the folder cannot be written or the disk is full.
-    """
-    path = Path(path)
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, which is removed at the end unless it was renamed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        # A part of the name only: ``path`` may be as long as the file system takes.
+        prefix, suffix = f".{path.stem[:NAMED]}.", path.suffix[-NAMED:]
+        fd, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
         os.fchmod(fd, 0o666 & ~_umask())
         os.close(fd)
     except OSError as e:
@@ -101,13 +102,78 @@ def atomic_write(path):
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
     except OSError as e:
         raise SnapGenError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``.
+
+    On any error the temporary file is removed and what stood at ``path`` before is untouched.
+    Raises SnapGenError when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    with _temporary_file(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def write_new(path, data: bytes) -> Path:
+    """Write a file whole or not at all, and never over another one.
+
+    Returns:
+        The path that it got: ``path``, or the first free one of ``path-2``, ``path-3``, ... Another
+        process that writes the same name at the same time gets another one.
+
+    Raises:
+        SnapGenError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    with _temporary_file(path) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        for n in itertools.count(1):
+            free = path if n == 1 else numbered(path, n)
+            if _place(temporary, free):
+                break
+        _sync(path.parent)
+    return free
+
+
+def numbered(path: Path, n: int) -> Path:
+    """``path`` with -n at the end of its stem, which is cut where the name would be too long."""
+    end = f"-{n}{path.suffix}"
+    room = name_limit(path.parent) - len(os.fsencode(end))
+    stem = os.fsencode(path.stem)[:room].decode(errors="ignore")
+    return path.with_name(stem + end)
+
+
+def name_limit(folder: Path) -> int:
+    """Bytes that the name of a file in a folder may have."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return 255
+
+
+def _place(temporary: Path, path: Path) -> bool:
+    """Give a file a name unless another file has it; whether it got it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: take the name first
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
 
 
 @contextmanager
@@ -124,7 +190,7 @@ def atomic_folder(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(path)
-        prefix = f".{path.name}.{_machine()}.{os.getpid()}."
+        prefix = f".{path.name[:NAMED]}.{_machine()}.{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
     except OSError as e:

@@ -21,6 +21,7 @@ from .loading import Transformer, load_transformer, load_transformer_config, loa
 from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
 from .models.interfaces import Autoencoder, TextEncoder
+from .notes import notes
 from .sampling import Step, blend_noise, denoise, last_step, schedule
 from .settings import Settings
 from .tensors.weights import flat_parameters
@@ -125,7 +126,10 @@ class Pipeline:
             known = np.array(mx.any(mx.concatenate(list(masks.values()), axis=1), axis=1))
             if not known.all():
                 unknown = texts[int(known.argmin())]
-                raise UsageError(f"the prompt {unknown!r} has no word that this model knows")
+                raise UsageError(
+                    f"the prompt {unknown!r} has no word that this model knows; "
+                    "`snapgen-mlx info --words` lists what it draws"
+                )
         dims = {name: states.shape[-1] for name, states in text.items()}
         if not dims.items() <= self.dit_config.text_dims.items():
             raise SnapGenError(
@@ -280,20 +284,27 @@ class Pipeline:
         s = self.edit_settings(prompt, edit, **settings)
         return edit.finish(self.decode(last_step(self.stream(s, edit)).x, s.background))
 
-    def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that no encoder knows; [] where an encoder reads any text."""
-        found = [getattr(encoder, "words", None) for encoder in self.encoders]
-        tables = [table for table in found if table is not None]
-        if not tables or len(tables) < len(found):
-            return []
-        unknown = [table.unknown_words(text) for table in tables]
-        return [word for word in unknown[0] if all(word in words for words in unknown)]
+    def notes(self, settings: Settings) -> list[str]:
+        """What may surprise about a picture of these settings, one line each: words that the model
+        does not know, a text that is cut, guidance or a size that it was not made for."""
+        size, few_step = picture_size(self.config), self.few_step is not None
+        return notes(settings, self.encoders, size, few_step)
+
+    def switch(self, variant: str) -> None:
+        """Draw at another width from now on; what does not depend on it stays in memory."""
+        self.dit_config.variant_index(variant)
+        if variant != self.variant:
+            self.variant = variant
+            self.__dict__.pop("digests", None)
+            self.free("dit")
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of each thing that a picture depends on beside its settings."""
         parts = [self.folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)]
-        found = {"model": digest(*parts, *([self.few_step] if self.few_step else []))}
+        found = {"model": digest(*parts)}
+        if self.few_step:
+            found["few-step LoRA"] = digest(self.few_step)
         if self.loras:
             found["LoRA"] = digest(*(find_file(path) for path, _ in self.loras))
         if self.text_encoder:

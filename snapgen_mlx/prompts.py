@@ -1,5 +1,6 @@
 """Prompts from files, and several written as one: "a {happy,sad} cat"."""
 
+import codecs
 import itertools
 import re
 from pathlib import Path
@@ -45,10 +46,25 @@ def expand(text: str) -> list[str]:
 def read_prompts(path) -> list[str]:
     """The lines of a text file that hold something. Raises UsageError when there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read the prompts in {path}: {e}") from e
-    prompts = [line.strip() for line in lines if line.strip()]
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise UsageError(f"cannot read the prompts in {path}: {e.strerror}") from e
+    return prompt_lines(data, path)
+
+
+def prompt_lines(data: bytes, where) -> list[str]:
+    """The lines of a text, with or without a byte order mark, that hold something.
+
+    Raises:
+        UsageError: there are none, or the text is not UTF-8.
+    """
+    try:
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise UsageError(f"line {line} of {where} is not UTF-8; save the text as UTF-8") from e
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise UsageError(f"{path} holds no prompt; write one a line")
+        raise UsageError(f"{where} holds no prompt; write one a line")
     return prompts

@@ -1,5 +1,7 @@
 """What a picture depends on beside the model's weights."""
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,43 @@ from .sampling import FEW_STEPS
 
 MAX_PIXELS = 2048  # a side
 MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:60]
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name} must be a text, not {_shown(value)}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UsageError(f"{name} holds bytes that are no characters: {_shown(value)}; write UTF-8")
+    return value
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError as e:
+        raise UsageError(f"{name} must be a whole number, not {_shown(value)}") from e
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise UsageError(f"{name} must be a number, not {_shown(value)}") from e
+
+
+KINDS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("prompt", "negative", "background", "vary"), _text),
+    **dict.fromkeys(("seed", "steps", "width", "height"), _whole),
+    **dict.fromkeys(("guidance", "shift", "strength"), _number),
+}
 
 
 @dataclass
@@ -28,6 +67,10 @@ class Settings:
     vary: str | None = None  # "SEED:AMOUNT": how far the noise is that of another seed
 
     def __post_init__(self):
+        for name, field in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if value is not None or field.default is not None:
+                setattr(self, name, KINDS[name](name, value))
         if not self.prompt.strip():
             raise UsageError("the prompt is empty; say what the picture should show")
         for text in (self.prompt, self.negative or ""):
@@ -37,6 +80,8 @@ class Settings:
             raise UsageError(f"{self.steps} steps; it must be 1 to 1000")
         if not 0 <= self.guidance <= 100:
             raise UsageError(f"guidance {self.guidance}; it must be 0 to 100")
+        if not 0 < self.shift <= 100:
+            raise UsageError(f"shift {self.shift}; it must be above 0, and 100 at most")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed}; it must be 0 to 2^63 - 1")
         if self.strength is not None and not 0 <= self.strength <= 1:
@@ -51,6 +96,9 @@ class Settings:
         sampling = config.get("sampling", {}) | (FEW_STEPS if few_steps else {})
         defaults = {"width": picture_size(config), "height": picture_size(config)}
         defaults |= {k: sampling[k] for k in ("steps", "guidance", "shift") if k in sampling}
+        if unknown := given.keys() - cls.__dataclass_fields__.keys():
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UsageError(f"no setting {min(unknown)!r}; there is: {known}")
         return cls(prompt, **defaults | {k: v for k, v in given.items() if v is not None})
 
     def check_size(self, multiple: int) -> None:

@@ -13,8 +13,8 @@ from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_dit
+from snapgen_mlx.picture_file import read_metadata
 from snapgen_mlx.pipeline import Pipeline
-from snapgen_mlx.png import read_metadata
 from snapgen_mlx.settings import Settings
 from snapgen_mlx.training.lora_training import lora_params, save_lora
 

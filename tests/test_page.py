@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from snapgen_mlx import Pipeline
-from snapgen_mlx.png import save_png
+from snapgen_mlx.picture_file import save_picture
 
 from .serving import serving
 
@@ -137,7 +137,7 @@ def drop(page, data: bytes):
 def test_a_dropped_picture_gives_its_settings_back(page, tmp_path):
     pipe = Pipeline.load(None, "small")
     settings = pipe.settings("a ghost", seed=11, steps=3)
-    made = save_png(
+    made = save_picture(
         pipe.generate("a ghost", seed=11, steps=3), tmp_path / "x.png", {**pipe.metadata(settings)}
     )
     drop(page, made.read_bytes())

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from snapgen_mlx import Pipeline
-from snapgen_mlx.png import read_metadata
+from snapgen_mlx.picture_file import read_metadata
 from snapgen_mlx.serve import guard, images
 
 from .serving import serving

@@ -116,6 +116,7 @@ class CLIPText(nn.Module):
     def __init__(self, config: CLIPTextConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
+        self.max_tokens = min(self.max_tokens, config.max_position_embeddings)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -124,6 +125,11 @@ class CLIPText(nn.Module):
     @property
     def nbytes(self) -> int:
         return weight_bytes(self)
+
+    def token_count(self, text: str) -> int:
+        assert self._tokenizer is not None
+        self._tokenizer.no_truncation()
+        return len(self._tokenizer.encode(text).ids)
 
     def encoding_bytes(self) -> int:
         c = self.config
@@ -140,9 +146,8 @@ class CLIPText(nn.Module):
 
         Raises SnapGenError when the tokenizer and the config disagree about the end token.
         """
-        length = min(self.max_tokens, self.config.max_position_embeddings)
         assert self._tokenizer is not None
-        self._tokenizer.enable_truncation(length)
+        self._tokenizer.enable_truncation(self.max_tokens)
         rows = [e.ids for e in self._tokenizer.encode_batch(texts)]
         longest = max(len(row) for row in rows)
         # Padding stands behind the end token: the causal mask hides it, so any id will do.

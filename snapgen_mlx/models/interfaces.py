@@ -64,11 +64,14 @@ class TextEncoder(TextStates, Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Of a text."""
+        """Of a text that are read."""
 
     @property
     def nbytes(self) -> int:
         """Of the weights."""
+
+    def token_count(self, text: str) -> int:
+        """Tokens of a text, those above ``max_tokens`` as well."""
 
     def encoding_bytes(self) -> int:
         """Bytes of activations of encoding the longest text, predicted."""

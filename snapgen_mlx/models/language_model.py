@@ -58,6 +58,10 @@ class LanguageModel(nn.Module):
     def nbytes(self) -> int:
         return weight_bytes(self)
 
+    def token_count(self, text: str) -> int:
+        assert self._tokenizer is not None
+        return len(self._tokenizer(text))
+
     def encoding_bytes(self) -> int:
         a = self.args
         return encoding_bytes(

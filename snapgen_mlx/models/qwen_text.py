@@ -68,6 +68,9 @@ class QwenText(LanguageModel):
         embeddings = self.model.embed_tokens(ids).astype(self._dtype)
         return self.model(ids, input_embeddings=embeddings)
 
+    def token_count(self, text: str) -> int:
+        return super().token_count(TEMPLATE.format(text)) - UNREAD
+
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) of the texts within the template, from the text on."""
         texts = [TEMPLATE.format(text) for text in texts]

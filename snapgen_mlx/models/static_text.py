@@ -29,6 +29,9 @@ class StaticText:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.table, self.scale, self._positions))
 
+    def token_count(self, text: str) -> int:
+        return self.words.count(text)
+
     def encoding_bytes(self) -> int:
         return 0  # a look-up
 

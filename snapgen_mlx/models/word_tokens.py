@@ -42,8 +42,14 @@ class WordTokens:
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Rows of the table per text, at most ``max_tokens``; what has no row is passed over."""
-        encodings = self._tokenizer.encode_batch([self.plain(text) for text in texts])
-        return [[i for i in e.ids if i != 0][: self.max_tokens] for e in encodings]
+        return [self._all_ids(text)[: self.max_tokens] for text in texts]
+
+    def count(self, text: str) -> int:
+        """Rows of a text, those above ``max_tokens`` as well."""
+        return len(self._all_ids(text))
+
+    def _all_ids(self, text: str) -> list[int]:
+        return [i for i in self._tokenizer.encode(self.plain(text)).ids if i != 0]
 
     def batch(self, texts: list[str]) -> tuple[list[list[int]], list[list[bool]]]:
         """Ids (B, L), padded with 0, and the mask of those that count; L is at least 1."""

@@ -89,6 +89,10 @@ class WordTransformer(nn.Module):
     def nbytes(self) -> int:
         return weight_bytes(self)
 
+    def token_count(self, text: str) -> int:
+        assert self.words is not None
+        return self.words.count(text)
+
     def encoding_bytes(self) -> int:
         c = self.config
         return encoding_bytes(c.heads, c.dim, c.ffn_ratio * c.dim, self.max_tokens)

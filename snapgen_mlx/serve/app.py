@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .. import __version__
 from ..errors import SnapGenError
-from ..png import read_metadata
+from ..picture_file import read_metadata
 from . import images
 from .engine import Engine
 from .guard import Guard, error_body

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import SnapGenError
-from ..png import read_metadata, save_png
+from ..picture_file import read_metadata, save_picture
 
 NAME = re.compile(r"\d{8}-\d{6}[\w-]*\.png")
 
@@ -42,7 +42,7 @@ class Gallery:
         words = re.sub(r"[^a-z0-9]+", "-", metadata["prompt"].lower()).strip("-")[:40].strip("-")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = self.folder / f"{stamp}-{words or 'picture'}-{metadata['seed']}.png"
-        name = save_png(image, path, metadata).name
+        name = save_picture(image, path, metadata).name
         with self._lock:
             self._settings[name] = metadata
         return name
