@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from recipes import precision
 from recipes.pretrain import state as states
 from recipes.pretrain.data import Batch, Shards
 from recipes.pretrain.elastic import Elastic, Training, add_noise, is_isolated
@@ -360,3 +361,10 @@ def test_no_cuda(data, tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path / "c.json")
     assert run(data, tmp_path / "run", config, "--device", "cuda") == 2
     assert "no CUDA device" in error_line(capsys)
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, fast, dtype):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

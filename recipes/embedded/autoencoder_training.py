@@ -17,6 +17,7 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_write
 from snapgen_mlx.training.checkpoint import load_state, locked, save_state
 
+from ..precision import autocast
 from .autoencoder import Autoencoder, save_autoencoder
 
 
@@ -177,7 +178,7 @@ def _train(model: Autoencoder, images: np.ndarray, out: Path, run: Path, o: Opti
     while step < o.steps:
         optimizer.param_groups[0]["lr"] = rate_at(step, o)
         batch, generator = batch_of(images, step, o)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             z = raw = model.encoder(batch).float()
             if not o.decoder_only:
                 z = normalised(z)
@@ -219,7 +220,7 @@ def in_batches(images: np.ndarray) -> Iterator[Tensor]:
 @torch.no_grad()
 def fold_statistics(model: Autoencoder, batches: list[Tensor]) -> None:
     """Give the encoder's output itself the mean 0 and the deviation 1 that training gave it."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         z = torch.cat([model.encoder(x).float().flatten(0, 2) for x in batches])
     last, std = model.encoder.conv_out, z.std(0) + 1e-4
     last.weight /= std[:, None, None, None]
@@ -232,7 +233,7 @@ def with_statistics(model: Autoencoder, images: np.ndarray, number: int = 256):
     plain = replace(model.config, latents_mean=[], latents_std=[])
     model.config = plain
     order = np.random.default_rng(0).permutation(len(images))[:number]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         z = torch.cat([model.encode(x) for x in in_batches(images[np.sort(order)])])
     z = z.transpose(0, 1).flatten(1)
     return replace(plain, latents_mean=z.mean(1).tolist(), latents_std=z.std(1).tolist())

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import atomic_write
 
+from ..precision import autocast
 from .autoencoder import load_autoencoder
 from .scenes import World
 
@@ -35,7 +36,7 @@ def encode(world: World, autoencoder, names: list[str], split: str) -> tuple[tor
         captions += [scene.caption for scene in scenes]
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes]))
         x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             z = autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
         latents.append(z.permute(0, 2, 3, 1).half())
     return torch.cat(latents).contiguous(), captions

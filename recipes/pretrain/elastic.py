@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..precision import autocast
 from . import distributed
 from .data import Batch
 from .distributed import local, local_slice, split_like, whole
@@ -120,9 +121,7 @@ class Elastic:
         self.steps = 0
 
     def autocast(self):
-        if not self.options.bf16:
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.device.type) if self.options.bf16 else nullcontext()
 
     def velocity(self, x_t: Tensor, batch: Batch, index: int) -> Tensor:
         with self.autocast():
