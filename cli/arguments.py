@@ -46,7 +46,7 @@ output_option = click.option(
     "-o", "--output", type=click.Path(file_okay=False), help="New folder.  [required]"
 )
 explain_option = click.option(
-    "--explain", is_flag=True, help="Only print the memory that this would need."
+    "--explain", is_flag=True, help="Print the memory that the training needs, and train nothing."
 )
 
 
@@ -55,9 +55,9 @@ def data_options(command):
     command = click.option(
         "--skip-bad", is_flag=True, help="Leave out pictures that cannot be used."
     )(command)
-    return click.option("--caption", help="For pictures without one, such as: a photo of my dog.")(
-        command
-    )
+    return click.option(
+        "--caption", help="Caption for pictures that have none, such as: a photo of my dog."
+    )(command)
 
 
 def training_options(command):
@@ -65,19 +65,21 @@ def training_options(command):
     positive = Number(0, min_open=True)
     options = [
         click.option("--steps", type=click.IntRange(1), default=1000, show_default=True),
-        click.option("--minutes", type=positive, help="Stop after this long."),
+        click.option("--minutes", type=positive, help="Stop after this many minutes."),
         click.option("--batch", type=click.IntRange(1), default=8, show_default=True),
         click.option(
             "--accumulate",
             type=click.IntRange(1),
             default=1,
             show_default=True,
-            help="Parts that a batch goes through in, one after the other: less memory.",
+            help="Compute each batch in this many parts, which needs less memory.",
         ),
-        click.option("--checkpoint", is_flag=True, help="Less memory for about a third more time."),
+        click.option(
+            "--checkpoint", is_flag=True, help="Use less memory, but about a third more time."
+        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option(
-            "--resume", is_flag=True, help="Fail unless OUTPUT holds a run to go on with."
+            "--resume", is_flag=True, help="Go on with the run in OUTPUT; fail if there is none."
         ),
     ]
     for option in reversed(options):
@@ -96,7 +98,11 @@ def rank_option(text: str):
 
 def warmup_option(least: int, default: int):
     return click.option(
-        "--warmup", type=click.IntRange(least), default=default, show_default=True, help="Steps."
+        "--warmup",
+        type=click.IntRange(least),
+        default=default,
+        show_default=True,
+        help="Warm-up steps.",
     )
 
 
@@ -106,7 +112,7 @@ def sample_every_option(least: int, text: str = ""):
         type=click.IntRange(least),
         default=500,
         show_default=True,
-        help=f"Steps from one grid of sample pictures to the next{text}.",
+        help=f"Draw a grid of sample pictures every so many steps{text}.",
     )
 
 

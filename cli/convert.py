@@ -13,21 +13,25 @@ from .progress import Bar
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the weights [default: the source's].",
+    help="Number format of the weights [default: the source's].",
 )
 @click.option("--only", help="Components, e.g. transformer,vae [default: all].")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--ema", is_flag=True, help="Take the EMA weights of a training checkpoint.")
+@click.option("--ema", is_flag=True, help="Use the EMA weights of a training checkpoint.")
 @click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a single file."
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    help="config.json for a SOURCE that is a single file.",
 )
 @lora_files_option("Fuse a LoRA into the transformer")
 @click.option(
     "--few-step-lora",
     type=click.Path(exists=True),
-    help="Keep a LoRA beside the transformer, with which it draws in few steps.",
+    help="Add a LoRA with which the transformer draws in few steps.",
 )
-@click.option("--dry-run", is_flag=True, help="Only print what would be written.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what the command would write, and write nothing."
+)
 @click.option(
     "--report", type=click.Path(dir_okay=False), help="Write a JSON table of all tensors."
 )

@@ -1,4 +1,4 @@
-"""``snapgen-mlx distill``: learn from a teacher, or into four steps."""
+"""``snapgen-mlx distill``: follow a teacher, or learn to draw in four steps."""
 
 import click
 from click.core import ParameterSource
@@ -37,7 +37,9 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
     type=click.Choice(["kd", "kdmd"]),
     help="kd: many steps, all widths; kdmd: four steps, one width.",
 )
-@click.option("--teacher", help="Model folder or Hub id; its full width teaches  [default: MODEL].")
+@click.option(
+    "--teacher", help="Model folder or Hub id. Its full width is the teacher  [default: MODEL]."
+)
 @data_options
 @training_options
 @learning_rate_option(help="[default: 1e-4 for kd, 5e-5 for kdmd]")
@@ -50,31 +52,33 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 @click.option(
     "--few-step-lora",
     type=click.Path(exists=True, dir_okay=False),
-    help="kdmd: of the teacher  [default: the one in its folder].",
+    help="kdmd: few-step LoRA of the teacher  [default: the one in its folder].",
 )
 @click.option(
     "--loss",
     type=click.Choice(["kdmd", "dmd", "kd"]),
     default="kdmd",
     show_default=True,
-    help="kdmd: dmd alone, or kd alone, which follows the few-step teacher, else the guided one.",
+    help="kdmd: train with both losses, with dmd alone or with kd alone.",
 )
 @click.option(
     "--critic-steps",
     type=click.IntRange(1),
     default=5,
     show_default=True,
-    help="kdmd: steps of the critic to one of the student.",
+    help="kdmd: critic steps for each student step.",
 )
 @click.option(
     "--guidance",
     type=Number(0),
     default=4.0,
     show_default=True,
-    help="kdmd: of the teacher.",
+    help="kdmd: guidance of the teacher.",
 )
 @click.option("--noised-real", is_flag=True, help="kdmd: start from DATA's pictures with noise.")
-@click.option("--fuse", is_flag=True, help="kdmd: make OUTPUT a 4-step model of this width too.")
+@click.option(
+    "--fuse", is_flag=True, help="kdmd: also write a 4-step model of this width to OUTPUT."
+)
 @explain_option
 def distill(
     model,
@@ -96,14 +100,14 @@ def distill(
     explain,
     **given,
 ):
-    """Train MODEL to do what a teacher does, on the captions and pictures in DATA.
+    """Train MODEL to follow a teacher, on the captions and pictures in DATA.
 
-    MODEL is a folder, a Hub id, or nothing for the embedded model; DATA is as for finetune.
+    MODEL is a folder, a Hub id, or nothing for the embedded model. DATA is as for finetune.
 
-    kd trains all widths of MODEL, as finetune does, and makes OUTPUT a model. kdmd makes a LoRA,
+    kd trains all widths of MODEL and writes a model to OUTPUT. kdmd trains a LoRA,
     OUTPUT/lora.safetensors, with which one width of MODEL draws in four steps without guidance.
-    As few_step/VARIANT.safetensors in MODEL it is used from then on. The run's state, log and
-    pictures are kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it stopped.
+    Copy it to MODEL/few_step/VARIANT.safetensors, and generate uses it. OUTPUT/run holds state, log
+    and pictures of the run. Ctrl-C stops it, and the same command goes on where it stopped.
     """
     if not explain:
         check_output(output, resume)

@@ -7,7 +7,10 @@ import click
 @click.option("-m", "--model", help="Model folder or Hub id (default: the embedded model).")
 @click.pass_context
 def doctor(ctx, model):
-    """Look at Python, device, speed, memory, disk and a model; exit code 1 if one is bad."""
+    """Check Python, device, speed, memory, disk and a model.
+
+    The exit code is 1 if one of them is bad.
+    """
     from snapgen_mlx.doctor import examine
 
     findings = examine(model)

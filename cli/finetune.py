@@ -33,7 +33,8 @@ from .training_run import explanation, follow
 @click.option(
     "--prior",
     type=click.Path(exists=True, dir_okay=False),
-    help="Prompts, one a line, whose pictures by MODEL are learned too: it forgets less.",
+    help="File of prompts, one in each line. MODEL also learns from its own pictures of them, "
+    "so that it forgets less.",
 )
 @learning_rate_option(default=1e-4, show_default=True)
 @subnets_option("Narrower widths trained in a step beside the full one.")
@@ -41,7 +42,7 @@ from .training_run import explanation, follow
     "--adaptive/--no-adaptive",
     default=True,
     show_default=True,
-    help="Bring the narrower widths' gradients to the norm of the full one's.",
+    help="Scale the narrower widths' gradients to the norm of the full width's.",
 )
 @warmup_option(1, 100)
 @sample_every_option(0, "; 0 for none")
@@ -66,13 +67,13 @@ def finetune(
     """Train every width of MODEL together on the pictures in DATA.
 
     MODEL is a folder, a Hub id, or nothing for the embedded model.
-    DATA holds pictures, and their captions in a metadata.jsonl or metadata.csv with file_name and
-    text, or in a .txt file beside each. OUTPUT becomes a model; with --lora, which also takes a
-    quantized MODEL, it gets a lora.safetensors for generate --lora.
+    DATA is a folder of pictures. Their captions stand in metadata.jsonl or metadata.csv, with
+    file_name and text, or in a .txt file beside each picture. The result is a model in OUTPUT. With
+    --lora it is OUTPUT/lora.safetensors for generate --lora; then MODEL may be quantized.
 
-    The run's state is kept in OUTPUT/run: Ctrl-C stops it, the same command goes on where it
-    stopped. There too: log.jsonl and loss.png, the losses; samples, what every width draws of a
-    few captions, in the end beside what it drew before.
+    OUTPUT/run holds the state of the run. Ctrl-C stops the run, and the same command goes on where
+    it stopped. The folder also holds the losses (log.jsonl, loss.png) and samples: pictures by
+    every width, at the end beside those from before the training.
     """
     if not explain:
         check_output(output, resume)

@@ -30,29 +30,52 @@ from .replay import Replay
     multiple=True,
     help="May be given several times (default: 0, so that the same words give the same picture).",
 )
-@click.option("--count", type=click.IntRange(1, 10000), help="That many seeds, from --seed on.")
+@click.option(
+    "--count", type=click.IntRange(1, 10000), help="Number of seeds, counted up from --seed."
+)
 @click.option("--background", help="white, transparent or #rrggbb (default: the model's).")
 @click.option("--image", type=click.Path(), help="A picture to start from.")
-@click.option("--mask", type=click.Path(), help="White where --image is to be drawn anew.")
+@click.option(
+    "--mask", type=click.Path(), help="Picture in the size of --image; white parts are drawn again."
+)
 @click.option("--outpaint", metavar="N|L,T,R,B", help="Pixels to add around --image.")
-@click.option("--strength", type=float, help="How much of --image changes, 0 to 1.")
-@click.option("--vary", metavar="SEED:AMOUNT", help="Noise between two seeds, as 8:0.3.")
-@click.option("--preview", type=click.Path(), help="Folder for a picture of every step.")
-@click.option("--no-metadata", is_flag=True, help="Leave the settings out of the pictures.")
-@click.option("--grid", type=click.Path(), help="Also a sheet of all, prompts by seeds and widths.")
+@click.option("--strength", type=float, help="How much of --image changes, from 0 to 1.")
+@click.option(
+    "--vary", metavar="SEED:AMOUNT", help="Move towards the noise of another seed, such as 8:0.3."
+)
+@click.option("--preview", type=click.Path(), help="Write a picture of every step to this folder.")
+@click.option("--no-metadata", is_flag=True, help="Do not write the settings into the pictures.")
+@click.option(
+    "--grid",
+    type=click.Path(),
+    help="Also write one sheet of all pictures: prompts by seeds and widths.",
+)
 @click.option(
     "-o",
     "--output",
     help="A .png, .jpg or .webp with {prompt}, {seed} or {variant}, a folder, or - for standard "
     "output (default: {prompt}-{seed}.png).",
 )
-@click.option("--from-metadata", "source", type=click.Path(), help="Repeat a picture made before.")
+@click.option(
+    "--from-metadata",
+    "source",
+    type=click.Path(),
+    help="Draw a picture again from the settings in its file.",
+)
 @lora_files_option("A LoRA of the transformer (safetensors)")
-@click.option("--base", is_flag=True, help="With the base's many steps, where few are the default.")
-@click.option("--text-encoder", help="Another Gemma 3: a folder or Hub id, quantized or not.")
-@click.option("--low-ram", is_flag=True, help="Hold one part of the model at a time; slower.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but what may be wrong.")
-@click.option("--explain", is_flag=True, help="Only print the memory that each width would need.")
+@click.option(
+    "--base",
+    is_flag=True,
+    help="Draw with the base model and its many steps, without the few-step LoRA.",
+)
+@click.option("--text-encoder", help="Folder or Hub id of another Gemma 3, quantized or not.")
+@click.option(
+    "--low-ram", is_flag=True, help="Keep only one part of the model in memory at a time; slower."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+@click.option(
+    "--explain", is_flag=True, help="Print the memory that each width needs, and draw nothing."
+)
 def generate(
     prompts,
     model,

@@ -9,7 +9,8 @@ import click
     "--geometry",
     required=True,
     type=click.Choice(["full", "small", "tiny", "embedded"]),
-    help="full: the 1.6 B model of three widths; small, tiny: its widths; embedded: the shipped.",
+    help="full: the 1.6 B model with three widths; small, tiny: one width of it; embedded: "
+    "the shipped model.",
 )
 @click.option("--random", "seed", required=True, type=click.IntRange(0), help="Seed.")
 @click.option(
@@ -18,12 +19,12 @@ import click
     type=click.Choice(["mlx", "pytorch"]),
     default="mlx",
     show_default=True,
-    help="Of the checkpoint.",
+    help="Format of the checkpoint.",
 )
 def init(dest, geometry, seed, form):
-    """Write a model of random float32 weights to the new folder DEST.
+    """Write a model with random float32 weights to the new folder DEST.
 
-    For tests and benchmarks: it has an autoencoder and no text encoder, and its pictures are
+    It is for tests and benchmarks. It has an autoencoder but no text encoder, and its pictures are
     noise.
     """
     from snapgen_mlx.convert.init import init as run

@@ -11,17 +11,17 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 
 COMMANDS = {
     "generate": "Make pictures from words.",
-    "pack": "Draw a sticker pack in the sizes that chats take.",
-    "serve": "Keep a model loaded: a web page and OpenAI's image API.",
-    "doctor": "Look whether this machine is fit to draw, and say what to do.",
-    "info": "Print what a model folder holds and the memory it needs.",
+    "pack": "Draw a pack of stickers in the sizes that chats use.",
+    "serve": "Start a web page and a server with OpenAI's image API.",
+    "doctor": "Check this machine and say what to do.",
+    "info": "Print the parts of a model and the memory it needs.",
     "convert": "Turn a PyTorch checkpoint into an MLX model.",
-    "quantize": "Write a model in few bits, more of them where they matter.",
+    "quantize": "Quantize a model, with more bits for sensitive layers.",
     "export": "Write an MLX model back as a PyTorch checkpoint.",
-    "slice": "Cut one width of a model out to a model of its own.",
-    "init": "Write a model of random weights, for tests and benchmarks.",
+    "slice": "Write one width of a model as a model of its own.",
+    "init": "Write a model with random weights, for tests and benchmarks.",
     "finetune": "Train all widths of a model on your own pictures.",
-    "distill": "Train a model to do what a teacher does, or in four steps.",
+    "distill": "Train a model to follow a teacher, or to draw in four steps.",
     "eval": "Measure how well a model knows a folder of pictures.",
 }
 

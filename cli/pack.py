@@ -8,7 +8,11 @@ from .progress import Bar
 
 @click.command()
 @click.argument("prompts", nargs=-1, required=True)
-@click.option("--styles", multiple=True, help="Words for a style, as 3d; several times or 3d,flat.")
+@click.option(
+    "--styles",
+    multiple=True,
+    help="Styles to draw each prompt in, such as 3d,flat; may be given several times.",
+)
 @click.option("-m", "--model", help="Model folder or Hub id (default: the embedded model).")
 @click.option("--variant", help="auto, tiny, small or full (default: auto, the widest that fits).")
 @click.option("--seed", type=Seed(), default=0, show_default=True)

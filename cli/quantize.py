@@ -1,4 +1,4 @@
-"""``snapgen-mlx quantize``: a model in few bits, more of them where they matter."""
+"""``snapgen-mlx quantize``: a model in few bits, with more for sensitive layers."""
 
 import math
 import re
@@ -25,24 +25,35 @@ def size_option(ctx, param, value: str | None) -> int | None:
 @click.argument("model")
 @click.argument("dest", type=click.Path())
 @click.option("--bits", type=float, help="Average of the transformer's weights [default: 4.3].")
-@click.option("--size", callback=size_option, metavar="900MB", help="Of the whole model at most.")
-@click.option("--psnr", type=float, metavar="DB", help="Of the final latents, about.")
-@click.option("--recipe", type=click.Path(dir_okay=False), help="A recipe.json made before.")
+@click.option(
+    "--size", callback=size_option, metavar="900MB", help="Largest size of the whole model."
+)
+@click.option(
+    "--psnr",
+    type=float,
+    metavar="DB",
+    help="Target PSNR of the final latents, in dB (approximate).",
+)
+@click.option(
+    "--recipe", type=click.Path(dir_okay=False), help="Use the recipe.json of an earlier run."
+)
 @click.option(
     "--method",
     type=click.Choice(["density", "mse"]),
     default="density",
     show_default=True,
-    help="How the recipe is made.",
+    help="How the command chooses the bits of each layer.",
 )
 @click.option(
     "--backend",
     type=click.Choice(["affine", "palette"]),
     default="affine",
     show_default=True,
-    help="MLX's packed weights, or palettes, which save disk but no memory.",
+    help="affine: packed weights of MLX; palette: smaller files, but no less memory.",
 )
-@click.option("--prompts", type=click.Path(dir_okay=False), help="To measure with, one a line.")
+@click.option(
+    "--prompts", type=click.Path(dir_okay=False), help="Prompts to measure with, one in each line."
+)
 @click.option(
     "--sensitivity",
     type=click.Path(dir_okay=False),
@@ -52,18 +63,18 @@ def size_option(ctx, param, value: str | None) -> int | None:
     "--tune",
     type=click.IntRange(1),
     metavar="STEPS",
-    help="Train what stays float to make up for the rounding.",
+    help="Train the float weights this many steps to reduce the rounding error.",
 )
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the measurement, a PNG.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the measurement as a PNG.")
 def quantize(
     model, dest, bits, size, psnr, recipe, method, backend, prompts, sensitivity, tune, plot
 ):
-    """Write MODEL, a float model, in few bits to the new folder DEST.
+    """Quantize the float model MODEL into the new folder DEST.
 
-    Each layer is measured alone, which takes a while and is kept: an interrupted run goes on, and
-    other budgets need no new measurement. Layers that need more bits get more, within --bits,
-    --size or --psnr. DEST/recipe.json fits models fine-tuned from MODEL too. --tune then trains
-    biases, norms and modulation, all widths together; a few hundred steps do.
+    The command first measures each layer alone. This takes a while. The measurement is kept: a
+    stopped run goes on, and another budget needs no new measurement. Then sensitive layers get more
+    bits, within --bits, --size or --psnr. DEST/recipe.json also fits models fine-tuned from MODEL.
+    --tune trains biases, norms and modulation of all widths together; a few hundred steps suffice.
     """
     context = click.get_current_context()
     for name in ("method", "plot", "sensitivity"):

@@ -11,14 +11,19 @@ import click
     multiple=True,
     help="Model folder or Hub id; may be given several times (default: the embedded model).",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs --token.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; any other than this machine's needs --token.",
+)
 @click.option("--port", default=8765, show_default=True, type=click.IntRange(0, 65535))
-@click.option("--token", envvar="SNAPGEN_TOKEN", help="What clients must present.")
+@click.option("--token", envvar="SNAPGEN_TOKEN", help="Secret that clients must send.")
 @click.option(
     "--gallery",
     default="~/Pictures/snapgen-mlx",
     show_default=True,
-    help="Folder that keeps the pictures.",
+    help="Folder where the pictures are kept.",
 )
 @click.option("--queue", default=64, show_default=True, type=click.IntRange(1, 10000))
 @click.option(
@@ -26,11 +31,11 @@ import click
     default=600.0,
     show_default=True,
     type=click.FloatRange(1, 86400),
-    help="Seconds a request may take, waiting included.",
+    help="Longest time for a request in seconds, including its wait.",
 )
 @click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
 def serve(models, host, port, token, gallery, queue, timeout, show):
-    """Keep models loaded; draw for a web page and for OpenAI's clients.
+    """Keep models loaded and draw for a web page and for OpenAI's clients.
 
     Ctrl-C finishes the picture that is being drawn, then stops.
     """

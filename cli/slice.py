@@ -6,11 +6,11 @@ import click
 @click.command("slice")
 @click.argument("model", type=click.Path(file_okay=False))
 @click.argument("dest", type=click.Path())
-@click.option("--variant", required=True, help="The width to cut out: tiny, small or full.")
+@click.option("--variant", required=True, help="The width to write: tiny, small or full.")
 def slice(model, dest, variant):
-    """Cut one width of MODEL, a folder, out to the new folder DEST.
+    """Write one width of the folder MODEL to the new folder DEST.
 
-    The new model makes the same pictures, bit for bit, as MODEL with --variant.
+    The new model draws exactly the same pictures as MODEL with --variant.
     """
     from snapgen_mlx.convert.slice import slice_model
     from snapgen_mlx.hub import resolve_model
