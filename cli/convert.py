@@ -52,8 +52,8 @@ def convert(
     """Convert SOURCE, a PyTorch checkpoint, into DEST, a folder for MLX.
 
     SOURCE is a Hub id (org/name or org/name@revision), a folder of a whole checkpoint or of one
-    of its models, or a weight file (.safetensors, .bin, .pt, .pth). An interrupted run goes on
-    where it was when started again.
+    of its models, or a weight file (.safetensors, .bin, .pt, .pth, .ckpt). An interrupted run
+    goes on where it was when started again.
     """
     import mlx.core as mx
 
@@ -99,6 +99,10 @@ def _print_component(name, part, written):
         layers = ", ".join(f"{n} in {kind}" for kind, n in written["layers"].items())
         line += f", {written['bits_per_weight']:g} bits per weight ({layers})"
     click.echo(line)
+    if part["ema"]:
+        click.echo("  took the EMA weights")
+    if part["not_read"]:
+        click.echo(f"  not read: {name_first(part['not_read'], 4)}")
     for prefix, count in part["prefixes"].items():
         click.echo(f"  took the prefix {prefix!r} off {count} keys")
     reasons: dict[str, list[str]] = {}

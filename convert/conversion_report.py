@@ -34,6 +34,8 @@ def make_report(source, path, settings: dict, components: dict[str, PlannedCompo
                 "bytes": c.nbytes,
                 "parameters": c.parameters,
                 "prefixes": c.wrappers,
+                "ema": c.is_ema,
+                "not_read": c.beside,
                 "tensors": [_tensor(row) for row in c.rows],
                 "dropped": [_dropped(row) for row in c.dropped],
             }

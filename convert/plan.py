@@ -7,21 +7,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import SnapGenError, UsageError, name_keys
-from ..files import read_json
+from ..files import check_impostor, read_json
 from ..layout import COMPONENTS, TOKENIZERS, tokenizer_files
 from ..tensors.formats import open_weights
 from ..tensors.readers import Info
 from ..tensors.safetensors_io import FLOATS
+from ..tensors.scaled import ScaledFloat8
+from ..tensors.sharded import is_weights
 from ..tensors.stream import AffineRow, Component, Row, Step, copy_rows
-from .rules.interface import Drop, QuantizableRules, Rules
+from .containers import find_model, result_shape
+from .rules.interface import QuantizableRules, Rules
 from .rules.registry import kind_of
-
-# Wrappers that training loops leave around a model's keys, outside and inside.
-PREFIXES = ("module.", "model.", "transformer.", "state_dict.", "model_state_dict.")
-EMA_PREFIXES = ("ema.", "ema_model.", "model_ema.", "ema_state_dict.")
-INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-NO_WEIGHTS = ("optimizer.", "optimizer_states.", "lr_scheduler.", "lr_schedulers.")
-COUNTERS = ("n_averaged", "num_updates", "decay", "step", "initted")
 
 
 class Dropped(NamedTuple):
@@ -43,6 +39,17 @@ class PlannedComponent(Component):
     tokenizer_files: list[Path] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     wrappers: dict[str, int] = field(default_factory=dict)
+    is_ema: bool = False  # its weights are averages over the training
+
+    @property
+    def beside(self) -> list[str]:
+        """Names of weight files in its folder that are not read."""
+        if not self.path.is_dir():
+            return []
+        read = {file.name for file in self.reader.files}
+        return sorted(
+            f.name for f in self.path.iterdir() if is_weights(f.name) and f.name not in read
+        )
 
 
 def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedComponent], dict]:
@@ -105,6 +112,8 @@ def _component(path: Path, name=None, config=None) -> PlannedComponent:
     if name in TOKENIZERS and rules:
         beside = folder.parent / TOKENIZERS[name]
         tokenizer = tokenizer_files(beside if beside.is_dir() else folder)
+        for file in tokenizer:
+            check_impostor(file)
     return PlannedComponent(
         name=name,
         reader=open_weights(path),
@@ -138,8 +147,14 @@ def plan(
     except Exception as e:  # whatever a foreign or damaged config makes of a model's constructor
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise SnapGenError(f"{component.config_file} does not describe {where}: {why}") from e
-    for key, targets in _routes(component, rules, shapes, ema).items():
-        info = component.reader.infos[key]
+    scaled = ScaledFloat8(component.reader)
+    found = find_model(rules, scaled.infos, shapes, ema, where)
+    infos, component.reader = component.reader.infos, scaled
+    component.wrappers, component.is_ema = found.copy.wrappers, found.copy.is_ema
+    for key, reason in (scaled.dropped | found.dropped).items():
+        component.dropped.append(Dropped(key, infos[key].shape, f"dropped: {reason}"))
+    for key, targets in found.copy.routes.items():
+        info = infos[key]
         for target, step in targets.items():
             row = _row(key, info, target, step, shapes[target], where)
             if dtype is not None:
@@ -176,80 +191,16 @@ def _row(key: str, info: Info, target: str, step: Step, shape: tuple[int, ...], 
             f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
             f"{', '.join(FLOATS)}"
         )
-    try:
-        got = step.apply(mx.zeros(info.shape)).shape  # lazy: nothing is allocated
-    except (ValueError, IndexError, TypeError, OverflowError) as e:
+    got = result_shape(info, step)
+    if got is None:
+        raise SnapGenError(f"{where}: {key!r} has the shape {info.shape}, unfit for {target}")
+    if 0 in info.shape and 0 not in shape:
         raise SnapGenError(
-            f"{where}: {key!r} has the shape {info.shape}, unfit for {target}"
-        ) from e
-    if tuple(got) != tuple(shape):
+            f"{where}: {key!r} is empty, as ZeRO-3 leaves weights that stand in other files; "
+            "gather them with DeepSpeed's zero_to_fp32.py"
+        )
+    if got != tuple(shape):
         raise SnapGenError(
-            f"{where}: {key!r} of shape {info.shape} gives {tuple(got)}, but {target} has "
-            f"{tuple(shape)}"
+            f"{where}: {key!r} of shape {info.shape} gives {got}, but {target} has {tuple(shape)}"
         )
     return Row(key, tuple(shape), target, FLOATS[info.dtype], step)
-
-
-def _routes(
-    component: PlannedComponent, rules: Rules, shapes: dict[str, tuple[int, ...]], ema: bool
-) -> dict[str, dict[str, Step]]:
-    """{source key: what it becomes}, after prefixes, drops and the choice of weights."""
-    infos, where = component.reader.infos, component.path
-    routed: dict[str, tuple[dict[str, Step], bool]] = {}
-    unknown: list[str] = []
-    filled: dict[tuple[str, bool], list[str]] = {}
-    for key in infos:
-        targets, prefix, is_ema = _route(rules, key, infos[key], shapes)
-        if targets is None:
-            unknown.append(key)
-            continue
-        if isinstance(targets, Drop):
-            component.dropped.append(Dropped(key, infos[key].shape, f"dropped: {targets.reason}"))
-            continue
-        if prefix:
-            component.wrappers[prefix] = component.wrappers.get(prefix, 0) + 1
-        routed[key] = targets, is_ema
-        for target in targets:
-            filled.setdefault((target, is_ema), []).append(key)
-    if unknown:
-        raise SnapGenError(
-            f"{where}: no rule for {name_keys(unknown)}; is it this model, and its config right?"
-        )
-    for (target, _), keys in filled.items():
-        if len(keys) > 1:
-            raise SnapGenError(f"{where}: {name_keys(keys)} all claim to be {target}")
-    kinds = {is_ema for _, is_ema in routed.values()}
-    if ema and True not in kinds:
-        raise SnapGenError(f"{where} holds no EMA weights; convert without --ema")
-    if len(kinds) == 2:
-        other = "the raw weights (--ema was given)" if ema else "the EMA weights (--ema takes them)"
-        for key, (_, is_ema) in list(routed.items()):
-            if is_ema != ema:
-                component.dropped.append(Dropped(key, infos[key].shape, f"dropped: {other}"))
-                del routed[key]
-    return {key: targets for key, (targets, _) in routed.items()}
-
-
-def _route(
-    rules: Rules, key: str, info: Info, shapes: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, Step] | Drop | None, str, bool]:
-    """(targets or Drop or None, wrapper prefix, is EMA): the least stripping that is known."""
-    prefixes = PREFIXES + EMA_PREFIXES + getattr(rules, "PREFIXES", ())
-    parts = key.split(".")
-    rest = ".".join(part for part in parts if part not in INSIDE)
-    stripped = "".join(f"{part}." for part in INSIDE if part in parts)
-    is_ema = False
-    while True:
-        targets = rules.route(rest)
-        if isinstance(targets, Drop) or all(target in shapes for target in targets):
-            return targets, stripped, is_ema
-        prefix = next((p for p in prefixes if rest.startswith(p)), None)
-        if prefix is None:
-            break
-        is_ema = is_ema or prefix in EMA_PREFIXES
-        stripped, rest = stripped + prefix, rest.removeprefix(prefix)
-    if rest.startswith(NO_WEIGHTS):
-        return Drop("training state, not a weight"), "", False
-    if info.shape in ((), (1,)) and rest.rpartition(".")[2] in COUNTERS:
-        return Drop("a counter, not a weight"), "", False
-    return None, "", False

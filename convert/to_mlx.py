@@ -15,7 +15,7 @@ from ..config import QWEN_IMAGE, DiTConfig
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write, file_sha256, read_json, write_json
 from ..hub import resolve
-from ..layout import FEW_STEP, FORMAT, TOKENIZERS
+from ..layout import FEW_STEP, FORMAT, TOKENIZERS, few_step_loras
 from ..loading import layer_shapes
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
 from ..lora_file import find_file
@@ -168,7 +168,7 @@ def _hash(path: Path, components: dict[str, PlannedComponent]) -> dict[str, str]
     root = path if path.is_dir() else path.parent
     hashes = {}
     for name, component in components.items():
-        loras = (root / FEW_STEP).glob("*.safetensors") if name == "transformer" else ()
+        loras = few_step_loras(root) if name == "transformer" else ()
         for file in [component.config_file, *component.reader.files, *loras]:
             try:
                 digest = file_sha256(file)

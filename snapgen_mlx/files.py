@@ -28,6 +28,27 @@ def folder_bytes(folder) -> int:
     return sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
 
 
+def name_impostor(head: bytes) -> str | None:
+    """What stands in a file's place after a download that failed, by the file's first bytes."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; run `git lfs pull` where it comes from"
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, not the file itself; download it again (is a login needed?)"
+    return None if head else "empty; download it again"
+
+
+def check_impostor(path) -> None:
+    """Raises SnapGenError for a file that holds something else, see ``name_impostor``."""
+    try:
+        with open(path, "rb") as f:
+            what = name_impostor(f.read(64))
+    except OSError as e:
+        raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
+    if what:
+        raise SnapGenError(f"{path} is {what}")
+
+
 def read_json(path: Path) -> dict:
     """Raises SnapGenError for a file that is missing or holds no JSON object."""
     try:
@@ -35,6 +56,7 @@ def read_json(path: Path) -> dict:
     except OSError as e:
         raise SnapGenError(f"cannot read {path}: {e.strerror}; is this a model folder?") from e
     except (ValueError, RecursionError) as e:
+        check_impostor(path)
         raise SnapGenError(f"{path} is not valid JSON; download or convert it again") from e
     if not isinstance(d, dict):
         raise SnapGenError(f"{path} does not hold a JSON object")

@@ -34,7 +34,15 @@ def few_step_lora(folder, variant: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def few_step_loras(folder) -> list[Path]:
+    """The LoRAs of all widths with which a model folder draws in few steps."""
+    files = sorted((Path(folder) / FEW_STEP).glob("*.safetensors"))
+    return [file for file in files if not file.name.startswith(".")]
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a folder that make up its tokenizer; none without a vocabulary."""
-    files = [f for f in sorted(folder.iterdir()) if TOKENIZER_FILE.fullmatch(f.name)]
+    # A Mac leaves ._NAME beside NAME on other systems' disks.
+    names = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
+    files = [f for f in names if TOKENIZER_FILE.fullmatch(f.name)]
     return files if any(f.name in VOCABULARIES for f in files) else []

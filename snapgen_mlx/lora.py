@@ -16,7 +16,7 @@ from .config import DiTConfig
 from .device import scalar
 from .digest import base_digest
 from .errors import SnapGenError, UsageError, name_keys
-from .layout import FEW_STEP
+from .layout import FEW_STEP, few_step_loras
 from .lora_file import LoRAFile, kind_of_keys, read_tensors
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
 from .tensors.safetensors_io import header_metadata, save_arrays
@@ -110,7 +110,7 @@ def copy_few_step_loras(
 
     change: what becomes of a LoRA's tensors.
     """
-    for file in sorted((source / FEW_STEP).glob("*.safetensors")):
+    for file in few_step_loras(source):
         tensors = change(read_tensors(file))
         save_arrays(target / FEW_STEP / file.name, tensors, header_metadata(file))
 

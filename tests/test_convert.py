@@ -307,10 +307,8 @@ def test_wrappers_and_ema(source, converted, tmp_path, ema):
     expected = load_tensors(converted / "transformer")
     for key, a in load_tensors(tmp_path / "out" / "transformer").items():
         assert mx.array_equal(a, expected[key] / 2 if ema else expected[key]), key
-    assert report["prefixes"] == {
-        "_orig_mod.state_dict.module.": len(expected),
-        "ema.module.": len(expected),
-    }
+    prefix = "ema.module." if ema else "_orig_mod.state_dict.module."
+    assert report["prefixes"] == {prefix: len(expected)} and report["ema"] is ema
     reasons = {row["action"] for row in report["dropped"]}
     chosen = "the raw weights (--ema was given)" if ema else "the EMA weights (--ema takes them)"
     assert reasons == {
@@ -548,6 +546,11 @@ def test_key_left_over_and_key_missing(broken, tmp_path):
     fails(tmp_path, "no rule for 'text_model.extra.weight'", source=broken)
     edit(path, lambda t: [t.pop(k) for k in list(t) if "extra" in k or k.endswith("fc1.bias")])
     fails(tmp_path, "lacks 'encoder.layers.0.mlp.fc1.bias'", source=broken)
+
+
+def test_a_pointer_in_a_tokenizers_place_is_named(broken, tmp_path):
+    (broken / "tokenizer" / "vocab.json").write_bytes(b"version https://git-lfs.github.com/x\n")
+    fails(tmp_path, "vocab.json is a Git LFS pointer", source=broken)
 
 
 def test_two_keys_for_one_parameter(broken, tmp_path):

@@ -10,7 +10,6 @@ from ...tensors.stream import COPY, Step
 from ...tensors.weights import parameter_shapes
 from .interface import Drop
 
-PREFIXES = ("text_model.", "_text_encoder.", "text.")
 NOT_TEXT = {
     "vision_model.": "the image tower",
     "visual.": "the image tower",

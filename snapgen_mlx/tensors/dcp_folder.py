@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
+from ..files import check_impostor
 from .readers import Info, reading
 from .safetensors_io import ITEMSIZE, as_array, numpy_kind
 from .torch_file import StoredTensor, TorchZip, is_sizes, unpickle
@@ -29,6 +30,7 @@ class DCPFolder:
     def __init__(self, path):
         folder = Path(path)
         where = folder / ".metadata"
+        check_impostor(where)
         with reading(where):
             metadata = unpickle(where.read_bytes(), where).state
             stored = {}

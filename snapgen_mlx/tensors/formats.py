@@ -5,7 +5,7 @@ from pathlib import Path
 from ..errors import SnapGenError
 from .dcp_folder import DCPFolder
 from .readers import Reader, SafetensorsFile, Sharded
-from .sharded import EXTENSIONS, SHARD, weight_names
+from .sharded import EXTENSIONS, IS_INDEX, SHARD, weight_names
 from .torch_file import TorchFile
 
 
@@ -24,7 +24,7 @@ def open_weights(path) -> Reader:
     Raises SnapGenError when there is none, it is ambiguous, incomplete or damaged.
     """
     path = Path(path)
-    if path.name.endswith(".index.json"):
+    if IS_INDEX.fullmatch(path.name):
         return Sharded(path, open_file)
     if path.is_file():
         return open_file(path)
@@ -38,7 +38,7 @@ def open_weights(path) -> Reader:
         raise SnapGenError(f"{path}: {e}") from e
     if not names:
         raise SnapGenError(f"{path} holds no weights (.{', .'.join(EXTENSIONS)})")
-    if names[-1].endswith(".index.json"):
+    if IS_INDEX.fullmatch(names[-1]):
         return Sharded(path / names[-1], open_file)
     if len(names) > 1 or SHARD.search(Path(names[0]).stem):
         raise SnapGenError(f"{path} holds shards without their index (.index.json)")

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
-from ..files import atomic_write
+from ..files import atomic_write, check_impostor
 
 ITEMSIZE = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
@@ -77,6 +77,7 @@ def header_metadata(path) -> dict[str, str]:
 
 def _read_header(path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     bad = f"{path} is not a whole safetensors file"
+    check_impostor(path)
     try:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size

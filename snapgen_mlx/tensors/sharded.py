@@ -3,36 +3,79 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import SnapGenError, name_keys
 from ..files import read_json, write_json
 
-EXTENSIONS = ("safetensors", "bin", "pt", "pth")
+EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt")
 # What diffusers, transformers, open_clip and MLX call the weights, in order of preference.
 STEMS = (
     *("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model"),
     "open_clip_pytorch_model",
 )
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.|$)")
+IS_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+
+
+class _Weights(NamedTuple):
+    """One set of weights in a folder: ``model.bf16-00001-of-00002.safetensors`` is of the stem
+    model and the variant bf16."""
+
+    stem: str
+    variant: str
+    extension: str
+
+    @classmethod
+    def of(cls, name: str) -> "_Weights | None":
+        stem, _, extension = name.rpartition(".")
+        if extension not in EXTENSIONS or name.startswith("."):  # a Mac leaves ._NAME
+            return None
+        stem = SHARD.sub("", stem)  # before the variant in older files, behind it in newer ones
+        usual = next((s for s in STEMS if stem.startswith(f"{s}.")), stem)
+        return cls(usual, stem[len(usual) + 1 :], extension)
+
+    def indices(self) -> list[str]:
+        """Names that its index can have."""
+        file, variant = f"{self.stem}.{self.extension}", self.variant
+        if not variant:
+            return [f"{file}.index.json"]
+        return [
+            f"{file}.index.{variant}.json",
+            f"{self.stem}.{variant}.{self.extension}.index.json",
+        ]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name is one of weights."""
+    return _Weights.of(name) is not None
 
 
 def weight_names(names: list[str]) -> list[str]:
-    """The weight files to use of a folder's file names: safetensors before torch, the usual name
-    before any other; with their index. Empty when there is none."""
-    for extension in EXTENSIONS:
-        stems: dict[str, list[str]] = {}
-        for name in names:
-            if name.endswith(f".{extension}"):
-                stem = SHARD.sub("", name.removesuffix(f".{extension}"))
-                stems.setdefault(stem, []).append(name)
-        usual = [stem for stem in STEMS if stem in stems] or sorted(stems)
-        if not usual:
-            continue
-        if usual[0] not in STEMS and len(usual) > 1:
-            raise SnapGenError(f"several weight files: {name_keys(usual)}; give the one to use")
-        index = f"{usual[0]}.{extension}.index.json"
-        return sorted(stems[usual[0]]) + [index] * (index in names)
-    return []
+    """The weight files to use of a folder's file names: safetensors before torch, a usual name
+    before any other, no variant before one; with their index. Empty when there is none.
+
+    Raises SnapGenError when several would do.
+    """
+    sets: dict[_Weights, list[str]] = {}
+    for name in names:
+        if found := _Weights.of(name):
+            sets.setdefault(found, []).append(name)
+    if not sets:
+        return []
+
+    def rank(weights: _Weights) -> tuple[int, ...]:
+        usual = STEMS.index(weights.stem) if weights.stem in STEMS else len(STEMS)
+        kind = EXTENSIONS.index(weights.extension)
+        return kind, usual == len(STEMS), bool(weights.variant), usual
+
+    best = min(map(rank, sets))
+    chosen = sorted(weights for weights in sets if rank(weights) == best)
+    if len(chosen) > 1:
+        several = [sorted(sets[weights])[0] for weights in chosen]
+        raise SnapGenError(f"several weight files: {name_keys(several)}; give the one to use")
+    index = [name for name in chosen[0].indices() if name in names]
+    return sorted(sets[chosen[0]]) + index[:1]
 
 
 def read_index(index: Path) -> dict[str, set[str]]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SnapGenError
+from ..files import check_impostor
 from .readers import Info, reading
 from .safetensors_io import ITEMSIZE, as_array, numpy_kind
 
@@ -35,6 +36,29 @@ _DCP_CLASSES = {
     **dict.fromkeys(("TensorProperties", "ChunkStorageMetadata"), _DCP + "metadata"),
     "_StorageInfo": _DCP + "filesystem",
 }
+_BUILTINS = ("builtins", "__builtin__")  # the latter by protocol 2
+_PLAIN = ("set", "frozenset", "complex", "slice", "range", "list", "dict", "int", "float", "str")
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_PATHS = ("pathlib", "pathlib._local")
+_PATH_NAMES = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+# Settings and counters that stand beside weights in training files. None of it is ever made: a
+# record of what was said is kept in its place.
+_SETTINGS = {
+    ("argparse", "Namespace"),
+    ("types", "SimpleNamespace"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("_codecs", "encode"),  # bytes, by protocol 2
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.torch_version", "TorchVersion"),
+    (_DCP + "metadata", "_MEM_FORMAT_ENCODING"),
+    *((module, name) for module in _BUILTINS for name in _PLAIN),
+    *((module, name) for module in _NUMPY for name in ("scalar", "_reconstruct")),
+    *((module, name) for module in _PATHS for name in _PATH_NAMES),
+    ("builtins", "getattr"),  # enum members, by Python 3.11.0 to 3.11.3; nothing is looked up
+}
+_TABLES = {("collections", name) for name in ("OrderedDict", "defaultdict", "Counter")}
 _OPCODES = """PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
     TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ
@@ -70,6 +94,11 @@ class _Record:
         pass
 
 
+def _make_table(*_) -> OrderedDict:
+    """Stands for a table with a factory, which is never called."""
+    return OrderedDict()
+
+
 def is_sizes(value) -> bool:
     return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
 
@@ -103,8 +132,8 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+        if (module, name) in _TABLES:
+            return OrderedDict if name == "OrderedDict" else _make_table
         if (module, name) == ("torch", "Size"):
             return tuple
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
@@ -115,16 +144,10 @@ class _Unpickler(pickle._Unpickler):
             return _STORAGES[name]
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        if (module, name) in {("torch", "device"), ("torch.serialization", "_get_layout")}:
-            return _Record
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
-            return _Record
-        if module == _DCP + "metadata" and name == "_MEM_FORMAT_ENCODING":
+        if (module, name) in _SETTINGS:
             return _Record
         if _DCP_CLASSES.get(name) == module:
             return _Record
-        if (module, name) == ("builtins", "getattr"):  # enum members, by Python 3.11.0 to 3.11.3
-            return _Record  # plain data: nothing is looked up
         raise SnapGenError(
             f"it asks to run {module}.{name}, which a tensor file does not need, and was refused; "
             "save the plain state_dict, best as safetensors"
@@ -219,6 +242,7 @@ class TorchFile:
 
     def __init__(self, path):
         self.files = [Path(path)]
+        check_impostor(path)
         with reading(path), open(path, "rb") as f:
             magic = f.read(4)
         if magic != b"PK\x03\x04":

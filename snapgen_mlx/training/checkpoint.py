@@ -44,7 +44,7 @@ def fingerprint(*folders: Path) -> str:
     """Digest of the contents of all files of a model in some folders."""
     kinds = (".json", ".safetensors", ".txt", ".model")  # the last two are vocabularies
     files = [path for folder in folders for path in sorted(folder.glob("*"))]
-    files = [path for path in files if path.suffix in kinds]
+    files = [p for p in files if p.suffix in kinds and not p.name.startswith(".")]
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
