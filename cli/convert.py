@@ -104,7 +104,7 @@ def _print_component(name, part, written):
     if part["not_read"]:
         click.echo(f"  not read: {name_first(part['not_read'], 4)}")
     for prefix, count in part["prefixes"].items():
-        click.echo(f"  took the prefix {prefix!r} off {count} keys")
+        click.echo(f"  removed the prefix {prefix!r} from {count} keys")
     reasons: dict[str, list[str]] = {}
     for row in part["dropped"]:
         reasons.setdefault(row["action"], []).append(row["source"])

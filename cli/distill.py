@@ -59,7 +59,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
     type=click.Choice(["kdmd", "dmd", "kd"]),
     default="kdmd",
     show_default=True,
-    help="kdmd: train with both losses, with dmd alone or with kd alone.",
+    help="kdmd: train with both losses, only with dmd, or only with kd.",
 )
 @click.option(
     "--critic-steps",

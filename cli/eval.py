@@ -21,7 +21,7 @@ from .arguments import data_options, encoded, model_argument, read_pictures
     type=click.IntRange(0),
     default=100,
     show_default=True,
-    help="Pictures drawn at each width, at most; 0 measures the loss alone.",
+    help="Pictures drawn at each width, at most; 0 measures only the loss.",
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False), help="Write the figures here.")
 def eval(model, data, caption, skip_bad, variants, steps, guidance, count, path):

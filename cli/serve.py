@@ -56,7 +56,8 @@ def serve(models, host, port, token, gallery, queue, timeout, show):
         raise UsageError("a token has at least 8 letters and digits, and nothing else")
     if host not in LOOPBACK and not token:
         raise UsageError(
-            f"others could reach {host}: give --token, or leave out --host for this machine alone"
+            f"other machines can reach {host}: give --token, or leave out --host to serve only "
+            "this machine"
         )
     listening = listen(host, port)
     engine = Engine(model_names(models), Gallery(gallery), queue, timeout)

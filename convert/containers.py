@@ -93,7 +93,7 @@ def find_model(
             names.append(key)
     if names:
         raise SnapGenError(
-            f"{where}: no rule for {name_keys(names)}; is it this model, and its config right?"
+            f"{where}: no rule for {name_keys(names)}; is it this model, and is its config right?"
         )
     _check_doubles([c for c in copies.values() if _stands_inside(c, chosen)], where)
     return Found(chosen, dropped)

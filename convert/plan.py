@@ -66,7 +66,9 @@ def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedCo
     if source.is_dir() and parts:
         own = source / "config.json"
         if own.is_file() and read_json(own).get("format") == "snapgen-mlx":
-            raise UsageError(f"{source} is an MLX model already; `export` turns it back")
+            raise UsageError(
+                f"{source} is an MLX model already; `export` converts it back to PyTorch"
+            )
         if (source / "model_index.json").is_file():
             index = read_json(source / "model_index.json")
         promised = {n for n in COMPONENTS if isinstance(index.get(n), list) and any(index[n])}
@@ -86,7 +88,7 @@ def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedCo
         found = {component.name: component}
         found = {k: v for k, v in found.items() if not only or k in only}
     if not found:
-        raise SnapGenError(f"{source} holds nothing of {', '.join(only)}")
+        raise SnapGenError(f"{source} contains none of {', '.join(only)}")
     return found, index
 
 
@@ -96,7 +98,7 @@ def _component(path: Path, name=None, config=None) -> PlannedComponent:
     place = Path(config) if config else next((p for p in places if p.is_file()), places[0])
     if not place.is_file():
         hint = "" if name else "; give it with --config"
-        raise SnapGenError(f"{path} has no config.json to tell what it is{hint}")
+        raise SnapGenError(f"{path} has no config.json, so its type is unknown{hint}")
     source_config = read_json(place)
     if "quantization" in source_config:
         raise SnapGenError(
@@ -167,7 +169,7 @@ def plan(
     missing = set(shapes) - {row.target for row in component.rows}
     if missing:
         raise SnapGenError(
-            f"{where} lacks {name_keys(missing)}; is it whole, and its config right?"
+            f"{where} lacks {name_keys(missing)}; is the file complete, and is its config right?"
         )
 
 
@@ -188,12 +190,14 @@ def _quantize(component: PlannedComponent, rules: QuantizableRules, quantize: in
 def _row(key: str, info: Info, target: str, step: Step, shape: tuple[int, ...], where: Path) -> Row:
     if info.dtype not in FLOATS:
         raise SnapGenError(
-            f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
+            f"{where}: {key!r} has the dtype {info.dtype}, which weights cannot have; save it as "
             f"{', '.join(FLOATS)}"
         )
     got = result_shape(info, step)
     if got is None:
-        raise SnapGenError(f"{where}: {key!r} has the shape {info.shape}, unfit for {target}")
+        raise SnapGenError(
+            f"{where}: {key!r} has the shape {info.shape}, which does not fit {target}"
+        )
     if 0 in info.shape and 0 not in shape:
         raise SnapGenError(
             f"{where}: {key!r} is empty, as ZeRO-3 leaves weights that stand in other files; "

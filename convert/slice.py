@@ -30,7 +30,7 @@ def slice_model(folder, dest, variant: str) -> dict:
     config = DiTConfig.from_dict(source)
     index = config.variant_index(variant)
     if len(config.widths) == 1:
-        raise UsageError(f"{folder} has this width alone; there is nothing to cut")
+        raise UsageError(f"{folder} has only this width; there is nothing to slice")
     part = Component(
         name="transformer", config=config.variant(index).to_dict(), reader=open_component(path)
     )

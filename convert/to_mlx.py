@@ -107,7 +107,7 @@ def convert(
 def _fuse(components: dict[str, PlannedComponent], loras) -> list[dict]:
     """Let the transformer's rows add the LoRAs before they are quantized; says what was added."""
     if "transformer" not in components:
-        raise UsageError("a LoRA is for the transformer, which is not among what is converted")
+        raise UsageError("a LoRA changes the transformer; add transformer to --only")
     part = components["transformer"]
     rows = {row.target: row for row in part.rows}
     added = []
@@ -136,7 +136,7 @@ def _check_few_step_lora(components: dict[str, PlannedComponent], path) -> dict:
     """Raises UsageError unless the LoRA is for the transformer that is converted."""
     part = components.get("transformer")
     if part is None:
-        raise UsageError("a LoRA is for the transformer, which is not among what is converted")
+        raise UsageError("a LoRA changes the transformer; add transformer to --only")
     if part.config.get("_class_name") != QWEN_IMAGE and len(part.config["widths"]) > 1:
         raise UsageError(
             "a few-step LoRA is of one width; put it as few_step/VARIANT.safetensors into the "
@@ -150,7 +150,7 @@ def _copy_few_step_lora(path, transformer: PlannedComponent, partial: Path) -> N
     """The LoRA's file as it is, under the name of the only width."""
     file = find_file(path)
     if file.suffix != ".safetensors":
-        raise UsageError(f"{file} is no safetensors file, which a LoRA beside a model must be")
+        raise UsageError(f"{file} is not a safetensors file; a few-step LoRA must be one")
     name = transformer.config.get("variant", "full")
     (partial / FEW_STEP).mkdir(exist_ok=True)
     shutil.copyfile(file, partial / FEW_STEP / f"{name}.safetensors")

@@ -42,7 +42,7 @@ class Edit:
         if max(self.image.size) > MAX_SIDE:
             raise UsageError(f"a picture of {_size(self.image)} pixels; {MAX_SIDE} a side at most")
         if self.mask is not None and self.mask.getextrema()[1] == 0:
-            raise UsageError("the mask is black throughout: paint white what should be drawn anew")
+            raise UsageError("the mask is all black; paint white what should be drawn again")
 
     def _widen(self, margins: tuple[int, int, int, int]) -> None:
         left, top, right, bottom = margins
@@ -147,5 +147,7 @@ def parse_margins(text: str) -> tuple[int, int, int, int]:
     if len(numbers) == 1:
         numbers *= 4
     if len(numbers) != 4:
-        raise UsageError(f"{text!r} are no margins; give pixels as 32 or LEFT,TOP,RIGHT,BOTTOM")
+        raise UsageError(
+            f"{text!r} is not a margin; give pixels, such as 32 or LEFT,TOP,RIGHT,BOTTOM"
+        )
     return numbers

@@ -33,7 +33,7 @@ def resolve_model(source) -> Path:
         raise SnapGenError(f"{folder} is not a model folder")
     if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
         raise SnapGenError(
-            f"{source} holds a PyTorch model; first: snapgen-mlx convert {source} DIR"
+            f"{source} holds a PyTorch model; convert it first: snapgen-mlx convert {source} DIR"
         )
     config = load_config(folder)
     if config.get("format") != FORMAT["format"]:

@@ -49,7 +49,7 @@ def load_lora(
     _check_width(file, config, index)
     if base is not None and file.about.get("base") not in (None, base_digest(base)):
         raise SnapGenError(
-            f"{path} was trained beside other weights than those of {base}; use it with the model "
+            f"{path} was trained on other weights than those of {base}; use it with the model "
             "that it was trained on"
         )
     updates, bad = _match(file, _shapes(config))
@@ -75,7 +75,7 @@ def load_updates(path, shapes: dict[str, tuple[int, int]], scale: float = 1.0) -
 
 def _read(path, scale: float) -> LoRAFile:
     if not math.isfinite(scale):
-        raise UsageError(f"{path}: {scale} is no scale of a LoRA")
+        raise UsageError(f"{path}: {scale} is not a LoRA scale")
     return LoRAFile.read(path)
 
 
@@ -98,7 +98,7 @@ def _check_width(file: LoRAFile, config: DiTConfig, index: int | None) -> None:
     wanted = config.variants if index is None else [config.variants[index]]
     if missing := [name for name in wanted if name not in widths]:
         raise SnapGenError(
-            f"{file.path} was made for the width {', '.join(map(str, widths))} alone, not for "
+            f"{file.path} was made only for width {', '.join(map(str, widths))}, not for "
             f"{', '.join(missing)}"
         )
 
@@ -137,7 +137,7 @@ def _match(file: LoRAFile, shapes: dict) -> tuple[dict[str, Update], list[str]]:
             (rows, columns), (rank, _) = shapes[path], a.shape
             fits = rank and a.shape == (rank, columns) and b.shape == (rows, rank)
             alpha = scalar(tensors[keys["alpha"]]) if "alpha" in keys else None
-        except (KeyError, ValueError):  # no such layer, a part is missing, alpha is no number
+        except (KeyError, ValueError):  # no such layer, a part is missing, alpha is not a number
             fits = False
         if not fits or path in updates:
             unfit.append(name)

@@ -104,7 +104,7 @@ def find_file(path) -> Path:
     path = Path(path).expanduser()
     if not path.is_dir():
         if path.suffix[1:] not in EXTENSIONS:
-            raise SnapGenError(f"{path} is no LoRA file (.{', .'.join(EXTENSIONS)})")
+            raise SnapGenError(f"{path} is not a LoRA file (.{', .'.join(EXTENSIONS)})")
         return path
     files = [f for f in path.iterdir() if f.suffix[1:] in EXTENSIONS and not f.name.startswith(".")]
     chosen = [f for f in files if f.stem == "adapter_model"] or files
@@ -214,7 +214,7 @@ def _read_strength(pairs: Iterable[tuple[str, Any]], where: Path) -> Strength:
         try:
             re.compile(pattern)
         except re.error as e:
-            raise SnapGenError(f"{where}: alpha_pattern {pattern!r} is no pattern") from e
+            raise SnapGenError(f"{where}: alpha_pattern {pattern!r} is not a pattern") from e
     if len(alphas) > 1:
         raise SnapGenError(f"{where} gives several alphas: {', '.join(map(str, sorted(alphas)))}")
     out.alpha = next(iter(alphas), None)
@@ -227,7 +227,7 @@ def _number(value: Any, key: str, where: Path) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise SnapGenError(f"{where}: {key} is {value!r}, which is no strength")
+        raise SnapGenError(f"{where}: {key} is {value!r}, which is not a number")
     return number
 
 

@@ -157,7 +157,9 @@ class ModelMemory:
         need = format_bytes(self.predict(variant, request).peak)
         fit = f"what fits: {', '.join(offers)}" if offers else "no setting of this model fits"
         usable = format_bytes(usable_memory())
-        return UsageError(f"{what} needs about {need} of memory, {usable} can be used here; {fit}")
+        return UsageError(
+            f"{what} needs about {need} of memory, but only {usable} can be used here; {fit}"
+        )
 
     def _loading(self, variant: str) -> int:
         """What loading holds beside the weights: some stored tensors, until cut or converted."""

@@ -37,7 +37,7 @@ def output_pattern(output: str | None, widths: bool = False) -> str:
         return output or own
     path = Path(output or "")
     if not output or "\0" in output:
-        raise UsageError(f"-o {output!r} is no name of a file")
+        raise UsageError(f"-o {output!r} is not a file name")
     if output.endswith("/") or path.name in ("", "..") or os.path.isdir(path):
         return str(path / own)
     suffix = path.suffix.lower()

@@ -335,9 +335,9 @@ def test_shards(tmp_path, extension):
     write({"a": shards["a"], "b": shards["b"]})
     assert set(open_weights(index).infos) == {"a", "b"}
     write({**shards, "a": "../" + shards["a"]})
-    refused(index, "no file name")
+    refused(index, "not a file name")
     write({**shards, "a": None})
-    refused(index, "no file name")
+    refused(index, "not a file name")
     write(["a"])
     refused(index, "weight_map")
     index.write_text("{")

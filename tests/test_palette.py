@@ -114,6 +114,6 @@ PACKED, VALUES = mx.zeros((2, 8), mx.uint32), mx.zeros((16,), mx.float16)
     ],
 )
 def test_a_damaged_palette_is_one_error(damaged):
-    with pytest.raises(SnapGenError, match=r"here: x\.weight is no palette") as e:
+    with pytest.raises(SnapGenError, match=r"here: x\.weight is not a palette") as e:
         expand(damaged, "here")
     assert "\n" not in str(e.value)

@@ -281,8 +281,8 @@ def test_other_geometry(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ("{", "is no run configuration"),
-        ("[]", "is no run configuration"),
+        ("{", "is not a run configuration"),
+        ("[]", "is not a run configuration"),
         ({"training": {}}, "lacks the part 'transformer'"),
         ({"transformer": TRANSFORMER, "training": {"lr": 1}}, "unknown key 'lr'"),
         ({"transformer": TRANSFORMER, "text": {"width": 1}}, "text part"),

@@ -518,7 +518,7 @@ def test_bad_requests_are_one_line(model, quantized, prompts, tmp_path):
 
     for bits in (1, 2, 8.5, -4, "nan"):
         assert "out of range" in refused("--bits", bits, code=2)
-    assert "exclude each other" in refused("--bits", 4, "--psnr", 40, code=2)
+    assert "only one of" in refused("--bits", 4, "--psnr", 40, code=2)
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "holds no prompt" in refused("--prompts", tmp_path / "empty.txt", code=2)
     assert "cannot read the prompts" in refused("--prompts", tmp_path / "none", code=2)
@@ -533,7 +533,7 @@ def test_bad_requests_are_one_line(model, quantized, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": "else"}, "is no recipe"),
+        ({"format": "else"}, "is not a recipe"),
         ({"architecture": None}, "is damaged"),
         ({"layers": [1]}, "is damaged"),
         ({"architecture": {**DiTConfig.from_preset("full").to_dict()}}, "another architecture"),

@@ -165,7 +165,7 @@ def test_slices_that_cannot_be(model, tmp_path):
     assert run("slice", model, dest, "--variant", "tiny").exit_code == 0
     assert "cut" in one_line(run("slice", model, dest, "--variant", "tiny"), 1)
     again = run("slice", dest, tmp_path / "again", "--variant", "tiny")
-    assert "nothing to cut" in one_line(again, 2)
+    assert "nothing to slice" in one_line(again, 2)
 
 
 # --- info

@@ -57,4 +57,6 @@ def kind_of(config: dict, where) -> Kind:
     open_clip = config.get("model_cfg", config)
     if isinstance(open_clip, dict) and "text_cfg" in open_clip:
         return KINDS["clip_text_model"]
-    raise SnapGenError(f"{where} is of {name or 'an unknown model'}, which is no part of SnapGen++")
+    raise SnapGenError(
+        f"{where} is of {name or 'an unknown model'}, which is not a part of SnapGen++"
+    )

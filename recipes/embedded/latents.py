@@ -57,7 +57,7 @@ def span(text: str) -> range:
     try:
         return range(int(first), int(last))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no span such as 0:16") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a span such as 0:16") from None
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def read_config(path: Path) -> tuple[dict, dict | None, Training]:
     except OSError as e:
         raise UsageError(f"cannot read {path}: {e.strerror}") from e
     except (ValueError, TypeError, AttributeError) as e:
-        raise UsageError(f"{path} is no run configuration: {e}") from e
+        raise UsageError(f"{path} is not a run configuration: {e}") from e
     except KeyError as e:
         raise UsageError(f"{path} lacks the part {e}") from e
 

@@ -90,7 +90,7 @@ def quantize(
     if plot:
         import_matplotlib()  # before the long measurement
     if sum(x is not None for x in (bits, size, target, recipe)) > 1:
-        raise UsageError("bits, size, PSNR and recipe exclude each other; give one of them")
+        raise UsageError("give only one of bits, size, PSNR and recipe")
     config = load_dit_config(model)
     _check_float(model)
     form = backend_of(backend, config)
@@ -212,7 +212,7 @@ def _search(
 
     low, high, best = least, 8.0, make(8)
     if (most := score(best)) < target:
-        raise UsageError(f"a PSNR of {target:g} dB cannot be had; 8 bits give {most:.1f} dB")
+        raise UsageError(f"a PSNR of {target:g} dB cannot be reached; 8 bits give {most:.1f} dB")
     for _ in range(SEARCH):
         middle = (low + high) / 2
         if score(recipe := make(middle)) >= target:

@@ -54,7 +54,7 @@ class Recipe:
         """
         d = read_json(Path(path))
         if d.get("format") != FORMAT["format"] or d.get("version") != FORMAT["version"]:
-            raise SnapGenError(f"{path} is no recipe of snapgen-mlx")
+            raise SnapGenError(f"{path} is not a recipe of snapgen-mlx")
         there, here, layers = d.get("architecture"), architecture(config), d.get("layers")
         if not isinstance(there, dict) or not isinstance(layers, dict):
             raise SnapGenError(f"{path} is damaged: a recipe has an architecture and layers")

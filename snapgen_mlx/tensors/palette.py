@@ -88,7 +88,7 @@ def fit(weight: mx.array, bits: int) -> tuple[np.ndarray, mx.array]:
     used = np.flatnonzero(counts).astype(np.uint16)
     values = _float64(mx.array(used).view(weight.dtype))
     if not np.isfinite(values).all():
-        raise SnapGenError("a weight holds NaN or infinity, for which no palette can stand")
+        raise SnapGenError("a weight holds NaN or infinity, which a palette cannot represent")
     order = np.argsort(values)
     used, values = used[order], values[order]
     palette = mx.array(kmeans(values, counts[used], 1 << bits)).astype(weight.dtype)
@@ -145,7 +145,7 @@ def expand(tensors: dict[str, mx.array], where) -> dict[str, mx.array]:
             try:
                 out[weight] = unpack(tensors[weight], palette)
             except (KeyError, ValueError, IndexError) as e:
-                raise SnapGenError(f"{where}: {weight} is no palette of this library") from e
+                raise SnapGenError(f"{where}: {weight} is not a palette of this library") from e
     return out
 
 

@@ -190,8 +190,8 @@ def check_dtypes(infos: dict, where) -> None:
     for key, info in infos.items():
         if info.dtype not in FLOATS and not _is_packed(key, info.dtype, infos):
             raise SnapGenError(
-                f"{where}: {key!r} has the dtype {info.dtype}, which is no weight's; save it as "
-                "BF16, F16 or F32"
+                f"{where}: {key!r} has the dtype {info.dtype}, which weights cannot have; save it "
+                "as BF16, F16 or F32"
             )
 
 

@@ -86,7 +86,7 @@ def read_index(index: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for key, name in table.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise SnapGenError(f"{index} sends {key!r} to {name!r}, which is no file name")
+            raise SnapGenError(f"{index} sends {key!r} to {name!r}, which is not a file name")
         shards.setdefault(name, set()).add(key)
     missing = [name for name in sorted(shards) if not (index.parent / name).is_file()]
     if missing:

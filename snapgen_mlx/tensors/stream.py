@@ -149,7 +149,9 @@ def copy_rows(reader: Reader) -> list[Row]:
     rows = []
     for key, info in reader.infos.items():
         if info.dtype not in READ_AS:
-            raise SnapGenError(f"{reader.files[0]}: {key!r} has the dtype {info.dtype}, unfit here")
+            raise SnapGenError(
+                f"{reader.files[0]}: {key!r} has the dtype {info.dtype}, which cannot be used here"
+            )
         rows.append(Row(key, info.shape, key, READ_AS[info.dtype]))
     return rows
 

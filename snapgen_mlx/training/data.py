@@ -186,7 +186,7 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
     try:
         return np.fromfile(path, kind, count, offset=info.start).reshape(info.shape)
     except (OSError, ValueError) as e:  # gone or cut short
-        raise SnapGenError(f"cannot read {path}; start again, and it is made anew") from e
+        raise SnapGenError(f"cannot read {path}; run the command again to make it new") from e
 
 
 PADDED_TO = {"clip": 77, "gemma": 64, "qwen": 64}  # multiples, tokens

@@ -166,7 +166,9 @@ def load_teacher(folder, student, few_step=None) -> ModelTeacher:
     """
     folder, student = Path(folder), Path(student)
     if load_config(folder / "vae") != load_config(student / "vae"):
-        raise UsageError(f"{folder} has another autoencoder than {student}, and cannot teach it")
+        raise UsageError(
+            f"{folder} has another autoencoder than {student}; a teacher needs the same one"
+        )
     config = DiTConfig.from_dict(load_config(folder / "transformer"))
     few_step = few_step or few_step_lora(folder, config.variants[-1])
     updates = few_step and load_lora(few_step, config, len(config.widths) - 1)

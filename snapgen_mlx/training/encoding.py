@@ -66,7 +66,7 @@ def encode_data(
     """
     text_encoders = load_text_encoders(model)
     if not text_encoders:
-        raise SnapGenError(f"{model} has no text encoder, so captions could not be learned")
+        raise SnapGenError(f"{model} has no text encoder, so captions cannot be learned")
     size, pixels = picture_size(load_config(model)), load_vae_config(model).downsampling
     sizes = bucket_sizes(size, load_dit_config(model), pixels)
     vae, key = functools.cache(functools.partial(load_vae, model)), fingerprint(model / "vae")

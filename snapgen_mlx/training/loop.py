@@ -134,7 +134,7 @@ def _train(
         step += 1
         if not all(map(math.isfinite, window[-1].values())):
             raise SnapGenError(
-                f"the loss is no number any more at step {step}; train into another folder with "
+                f"the loss became NaN at step {step}; train into another folder with "
                 "a lower learning rate"
             )
         now = time.monotonic()
