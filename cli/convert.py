@@ -1,5 +1,7 @@
 """`snapgen-mlx convert`: a PyTorch checkpoint into an MLX model folder."""
 
+import signal
+
 import click
 
 from .arguments import lora_files_option
@@ -77,7 +79,7 @@ def convert(
         )
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)
-        raise
+        click.get_current_context().exit(128 + signal.SIGINT)
     if report:
         save_report(report, result)
     for name, part in result["components"].items():

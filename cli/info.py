@@ -1,65 +1,84 @@
 """``snapgen-mlx info``: what a model folder holds, from its headers."""
 
-from math import prod
-from pathlib import Path
+import json
 
 import click
 
 
 @click.command()
 @click.argument("model", required=False)
-def info(model):
+@click.option("--words", is_flag=True, help="Only list what the model draws, one thing a line.")
+@click.option("--json", "as_json", is_flag=True, help="The same for programs, as JSON.")
+def info(model, words, as_json):
     """Print what MODEL holds and the memory it needs; no weight is read.
 
     MODEL is a folder, a Hub id, or nothing for the embedded model.
     """
-    from snapgen_mlx.errors import format_bytes
-    from snapgen_mlx.files import folder_bytes
+    from snapgen_mlx.description import describe
+    from snapgen_mlx.errors import UsageError
     from snapgen_mlx.hub import resolve_model
+    from snapgen_mlx.vocabulary import known_words
+
+    folder = resolve_model(model)
+    known = known_words(folder)
+    if words and not known:
+        raise UsageError(f"{folder} has no list of what it draws, words.json")
+    if words:
+        click.echo(json.dumps(known) if as_json else "\n".join(known))
+        return
+    described = describe(folder)
+    if as_json:
+        click.echo(json.dumps(described | {"words": known}, indent=2))
+        return
+    for label, text in _rows(described, len(known)):
+        click.echo(f"{label:<16}{text}")
+    click.echo("\n" + _own_memory_table(folder))
+
+
+def _rows(described: dict, words: int) -> list[tuple[str, str]]:
+    """What there is, as (label, text)."""
+    from snapgen_mlx.errors import format_bytes
+
+    sampling = "{steps} steps, guidance {guidance:g}, shift {shift:g}, {width}x{height}"
+    few, source = described["few_steps"], described["source"]
+    few_steps = "no LoRA for them"
+    if few["variants"]:
+        how = "{steps} steps, guidance {guidance:g}, shift {shift:g}".format(**few)
+        few_steps = f"{how} by a LoRA of {', '.join(few['variants'])}; generate --base is without"
+    made_from = "not recorded"
+    if source:
+        revision = source["revision"]
+        made_from = source["name"] + (f" at revision {revision}" if revision else "")
+    stored = {
+        name: f"{part['parameters'] / 1e6:.1f} M parameters, {part['bits_per_weight']:.3g} bits "
+        f"per weight, {format_bytes(part['bytes'])}"
+        for name, part in described["parts"].items()
+    }
+    rows = [
+        ("model", f"{described['folder']}, {format_bytes(described['bytes'])} on disk"),
+        ("source", made_from),
+        ("sampling", sampling.format(**described["sampling"])),
+        ("few steps", few_steps),
+        ("text read", ", ".join(f"{k} ({n})" for k, n in described["text_dims"].items())),
+    ]
+    rows += [(name, f"{described['parts'][name]['kind']}, {text}") for name, text in stored.items()]
+    if not any(name.startswith("text_encoder") for name in stored):
+        rows.append(("text_encoder", "none: pictures do not depend on the prompt"))
+    if words:
+        rows.append(("draws", f"{words} things; info --words lists them"))
+    return rows
+
+
+def _own_memory_table(folder) -> str:
     from snapgen_mlx.layout import load_config
     from snapgen_mlx.loading import load_vae
     from snapgen_mlx.memory import ModelMemory, Request
     from snapgen_mlx.settings import Settings
     from snapgen_mlx.text_loading import load_text_encoders
 
-    folder = resolve_model(model)
-    config = load_config(folder)
-    s = Settings.from_config(config, "any")
-    vae, encoders = load_vae(folder), load_text_encoders(folder)
-    memory = ModelMemory(folder, vae, encoders)
-    rows = [
-        ("model", f"{folder}, {format_bytes(folder_bytes(folder))} on disk"),
-        ("source", _source(config.get("source"))),
-        (
-            "sampling",
-            f"{s.steps} steps, guidance {s.guidance:g}, shift {s.shift:g}, {s.width}x{s.height}",
-        ),
-        ("few steps", _few_steps(folder, memory.config.variants)),
-        ("transformer", _stored(folder / "transformer")),
-        ("text read", ", ".join(f"{k} ({n})" for k, n in memory.config.text_dims.items())),
-        ("vae", f"{type(vae).__name__}, {_stored(folder / 'vae')}"),
-    ]
-    for name in ("text_encoder", "text_encoder_2"):
-        if (folder / name).is_dir():
-            kind = load_config(folder / name).get("model_type")
-            rows.append((name, f"{kind}, {_stored(folder / name)}"))
-    if not encoders:
-        rows.append(("text_encoder", "none: pictures do not depend on the prompt"))
-    for label, text in rows:
-        click.echo(f"{label:<16}{text}")
-    request = Request(s.width, s.height, s.guidance != 1)
-    click.echo("\n" + memory_table(memory, request))
-
-
-def _few_steps(folder: Path, variants: list[str]) -> str:
-    from snapgen_mlx.layout import few_step_lora
-    from snapgen_mlx.sampling import FEW_STEPS
-
-    names = [name for name in variants if few_step_lora(folder, name)]
-    if not names:
-        return "no LoRA for them"
-    how = "{steps} steps, guidance {guidance:g}, shift {shift:g}".format(**FEW_STEPS)
-    return f"{how} by a LoRA of {', '.join(names)}; generate --base is without"
+    s = Settings.from_config(load_config(folder), "any")
+    memory = ModelMemory(folder, load_vae(folder), load_text_encoders(folder))
+    return memory_table(memory, Request(s.width, s.height, s.guidance != 1))
 
 
 def memory_table(memory, request, variant: str | None = None) -> str:
@@ -95,38 +114,3 @@ def memory_table(memory, request, variant: str | None = None) -> str:
             raise
         lines.append(str(e))
     return "\n".join(lines)
-
-
-def _source(source) -> str:
-    if not isinstance(source, dict):
-        return "not recorded"
-    name = source.get("name") or source.get("source") or "not recorded"
-    revision = source.get("revision")
-    return f"{name} at revision {revision}" if revision else str(name)
-
-
-def _stored(folder: Path) -> str:
-    """ "12.3 M parameters, 8.5 bits per weight, 13 MB" """
-    from snapgen_mlx.errors import SnapGenError, format_bytes
-    from snapgen_mlx.layout import load_config
-    from snapgen_mlx.tensors.palette import float_shape
-    from snapgen_mlx.tensors.weights import load_infos
-
-    infos = load_infos(folder)
-    quantization = load_config(folder).get("quantization") or {}
-    count = 0
-    for key, i in infos.items():
-        layer, _, part = key.rpartition(".")
-        scales, palette = infos.get(f"{layer}.scales"), infos.get(f"{key}.palette")
-        try:
-            if palette:
-                count += prod(float_shape(i.shape, palette.shape))
-            elif scales and part == "weight":
-                count += prod(scales.shape) * quantization.get(layer, quantization)["group_size"]
-            elif part == "bias" or not (scales or part == "palette"):
-                count += prod(i.shape)
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise SnapGenError(f"{folder} does not say how {layer} is quantized") from e
-    size = sum(i.nbytes for i in infos.values())
-    bits = 8 * size / max(count, 1)
-    return f"{count / 1e6:.1f} M parameters, {bits:.3g} bits per weight, {format_bytes(size)}"

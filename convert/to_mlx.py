@@ -21,6 +21,7 @@ from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updat
 from ..lora_file import find_file
 from ..tensors.stream import Step, verify, write_components
 from ..tokenizer_files import copy_word_files
+from ..vocabulary import copy_words
 from .conversion_report import dtype_name, make_report, model_card
 from .plan import PlannedComponent, find_components, plan
 
@@ -84,6 +85,7 @@ def convert(
             _copy_tokenizer(component, partial)
         if "transformer" in components:
             copy_few_step_loras(path, partial)
+            copy_words(path, partial)
         if few_step_lora:
             _copy_few_step_lora(few_step_lora, components["transformer"], partial)
         write_json(partial / "config.json", head)

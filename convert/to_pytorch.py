@@ -19,6 +19,7 @@ from ..tensors.readers import Info, Reader, open_component
 from ..tensors.safetensors_io import NAMES, READ_AS
 from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_components
 from ..tokenizer_files import copy_word_files
+from ..vocabulary import copy_words
 from .rules import qwen_vae
 from .rules.interface import Rules
 from .rules.registry import Kind, kind_of
@@ -90,6 +91,7 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
             index |= _entry(folder, name, component)
             _copy_files(folder, tmp, name)
         copy_few_step_loras(folder, tmp)
+        copy_words(folder, tmp)
         index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         scheduler = {"_class_name": index["scheduler"][1], "shift": sampling.get("shift", 3.0)}
         write_json(tmp / "scheduler" / "scheduler_config.json", scheduler)

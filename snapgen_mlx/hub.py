@@ -8,6 +8,7 @@ from .errors import SnapGenError, UsageError
 from .layout import COMPONENTS, FEW_STEP, FORMAT, load_config
 from .tensors.sharded import EXTENSIONS, weight_names
 
+EMBEDDED = "embedded"  # the name of the model that is shipped
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # The weights by their usual names, without fp16 doubles and single-file copies of the whole.
 USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors", f"{FEW_STEP}/*.safetensors"]
@@ -23,10 +24,12 @@ def embedded_model() -> Path:
 
 
 def resolve_model(source) -> Path:
-    """Local folder of a model: None for the embedded one, a folder, or a Hub id."""
+    """Local folder of a model: None or "embedded" for the embedded one, a folder, or a Hub id."""
     if source is None:
         return embedded_model()
-    folder = Path(source).expanduser()
+    folder = _path(source)
+    if str(source) == EMBEDDED and not folder.exists():
+        return embedded_model()
     if not folder.exists():
         folder = resolve(source)
     if not folder.is_dir():
@@ -50,7 +53,7 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
     HF_ENDPOINT, HF_TOKEN and a cached login are honoured; files that are whole are never fetched
     twice. Raises SnapGenError in one line for whatever can go wrong on the way.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.exists():
         if revision:
             raise UsageError(f"--revision is for the Hub, and {source} is a local path")
@@ -64,6 +67,16 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
     if revision and match["revision"]:
         raise UsageError(f"{source} names a revision already; leave out --revision {revision}")
     return _download(match["repo"], revision or match["revision"], token)
+
+
+def _path(source) -> Path:
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (TypeError, ValueError, RuntimeError, OSError) as e:
+        shown = " ".join(str(source).split())[:60]
+        raise UsageError(f"{shown!r} is neither a folder nor a Hub id: {e}") from e
+    return path
 
 
 def commit_of(path) -> str | None:

@@ -1,6 +1,7 @@
 """What a model says that it draws: ``words.json`` of its folder, a list of plain names."""
 
 import json
+import shutil
 from pathlib import Path
 
 from .errors import SnapGenError
@@ -24,3 +25,9 @@ def known_words(folder) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise SnapGenError(f"{path} is not a list of words; download or build the model again")
     return words
+
+
+def copy_words(source, target) -> None:
+    """Copy a model's list, where it has one."""
+    if (Path(source) / FILE).is_file():
+        shutil.copyfile(Path(source) / FILE, Path(target) / FILE)

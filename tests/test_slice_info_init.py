@@ -279,3 +279,32 @@ def test_init_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     one_line(run("init", tmp_path / "file" / "x", "--geometry", "embedded", "--random", 0), 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]
+
+
+def test_info_for_programs_and_the_list_of_words(packed_model, tmp_path):
+    result = run("info", packed_model, "--json")
+    described = json.loads(result.output)
+    assert described["parts"]["transformer"]["bytes"] > 0 and described["words"] == []
+    assert set(described["memory"]) == {"tiny", "small", "full"}
+    assert json.loads(run("info", "--json").output)["sampling"]["width"] == 128
+    listed = run("info", "embedded", "--words").output.splitlines()
+    assert "red apple" in listed and len(listed) > 200
+    assert json.loads(run("info", "--words", "--json").output) == listed
+    assert "words.json" in one_line(run("info", packed_model, "--words"), 2)
+
+
+def test_the_embedded_model_has_a_name_everywhere(tmp_path):
+    assert run("export", "embedded", tmp_path / "torch").exit_code == 0
+    assert run("convert", tmp_path / "torch", tmp_path / "mlx").exit_code == 0
+    listed = run("info", tmp_path / "mlx", "--words").output
+    assert listed == run("info", "--words").output and "rocket" in listed
+    picture = str(tmp_path / "a.png")
+    args = ["a rocket", "--steps", "1", "--variant", "tiny", "-o", picture]
+    assert run("generate", "-m", "embedded", *args).exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "\0", "~nobody-of-this-name/x"])
+def test_what_cannot_be_a_model_is_one_line(source):
+    result = run("info", source)
+    assert result.exit_code in (1, 2) and "nexpected" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
