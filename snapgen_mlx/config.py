@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from .errors import SnapGenError, UsageError
+from .errors import SnapGenError, UsageError, shown
 
 CLASS_NAME = "SnapGenPPTransformer2DModel"
 QWEN_IMAGE = "QwenImageTransformer2DModel"
@@ -130,9 +130,9 @@ class DiTConfig(ConfigMixin):
 
     def variant_index(self, name: str) -> int:
         """Index into ``widths`` of a variant's name. Raises UsageError for an unknown one."""
-        if name not in self.variants:
+        if not isinstance(name, str) or name not in self.variants:
             raise UsageError(
-                f"no variant {name!r} in this model; it has {', '.join(self.variants)}"
+                f"no variant {shown(name)} in this model; it has {', '.join(self.variants)}"
             )
         return self.variants.index(name)
 
@@ -241,8 +241,8 @@ class QwenImageConfig(ConfigMixin):
 
     def variant_index(self, name: str) -> int:
         """Raises UsageError for another name than that of the only width."""
-        if name not in self.variants:
-            raise UsageError(f"no variant {name!r} in this model; it has {self.variants[0]}")
+        if not isinstance(name, str) or name not in self.variants:
+            raise UsageError(f"no variant {shown(name)} in this model; it has {self.variants[0]}")
         return 0
 
     def takes(self, h: int, w: int) -> bool:

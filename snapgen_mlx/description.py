@@ -30,7 +30,9 @@ def describe(folder) -> dict:
     s = Settings.from_config(config, "any")
     vae, encoders = load_vae(folder), load_text_encoders(folder)
     memory = ModelMemory(folder, vae, encoders)
-    parts = {"transformer": {"kind": type(memory.config).__name__.removesuffix("Config")}}
+    parts: dict[str, dict] = {
+        "transformer": {"kind": type(memory.config).__name__.removesuffix("Config")}
+    }
     parts["vae"] = {"kind": type(vae).__name__}
     for name in TOKENIZERS:
         if (folder / name).is_dir():

@@ -1,10 +1,12 @@
 """Pictures to start from: the whole of one, a part under a mask, or its surroundings."""
 
+import operator
+
 import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
 SEAM = 100  # the longer side is so many times the width of the blended seam
 MAX_SIDE = 8192  # pixels of a picture that is edited
@@ -29,6 +31,9 @@ class Edit:
         mask: Image.Image | None = None,
         margins: tuple[int, int, int, int] | None = None,
     ):
+        for picture in (image,) if mask is None else (image, mask):
+            if not isinstance(picture, Image.Image):
+                raise UsageError(f"image and mask must be PIL's, not {shown(picture)}")
         image = ImageOps.exif_transpose(image)
         self.image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         self.mask = None if mask is None else _to_mask(mask)
@@ -45,7 +50,11 @@ class Edit:
             raise UsageError("the mask is all black; paint white what should be drawn again")
 
     def _widen(self, margins: tuple[int, int, int, int]) -> None:
-        left, top, right, bottom = margins
+        try:
+            left, top, right, bottom = map(operator.index, margins)
+        except (TypeError, ValueError) as e:
+            raise UsageError(f"margins are four whole numbers, not {shown(margins)}") from e
+        margins = left, top, right, bottom
         if min(margins) < 0 or sum(margins) == 0 or max(margins) > MAX_SIDE:
             raise UsageError(f"cannot widen a picture by {margins}; give pixels, not all of them 0")
         pads = ((top, bottom), (left, right))

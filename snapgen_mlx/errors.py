@@ -9,9 +9,17 @@ from collections.abc import Iterable
 class SnapGenError(Exception):
     """Something failed: a bad file, a missing download, a full disk (exit code 1)."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # names in it may have line ends
+
 
 class UsageError(SnapGenError):
     """The request itself cannot be met: a bad size, an unknown variant (exit code 2)."""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: in one line, and not too long."""
+    return " ".join(repr(value).split())[:60]
 
 
 def name_first(items: Iterable[str], most: int = 10) -> str:

@@ -4,7 +4,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from .errors import SnapGenError, UsageError
+from .errors import SnapGenError, UsageError, shown
 from .layout import COMPONENTS, FEW_STEP, FORMAT, load_config
 from .tensors.sharded import EXTENSIONS, weight_names
 
@@ -27,7 +27,7 @@ def resolve_model(source) -> Path:
     """Local folder of a model: None or "embedded" for the embedded one, a folder, or a Hub id."""
     if source is None:
         return embedded_model()
-    folder = _path(source)
+    folder = local_path(source)
     if str(source) == EMBEDDED and not folder.exists():
         return embedded_model()
     if not folder.exists():
@@ -53,7 +53,7 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
     HF_ENDPOINT, HF_TOKEN and a cached login are honoured; files that are whole are never fetched
     twice. Raises SnapGenError in one line for whatever can go wrong on the way.
     """
-    path = _path(source)
+    path = local_path(source)
     if path.exists():
         if revision:
             raise UsageError(f"--revision is for the Hub, and {source} is a local path")
@@ -69,13 +69,13 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
     return _download(match["repo"], revision or match["revision"], token)
 
 
-def _path(source) -> Path:
+def local_path(source) -> Path:
+    """The path that a name is, whether there is one or not. Raises UsageError for what is none."""
     try:
         path = Path(source).expanduser()
         path.exists()
     except (TypeError, ValueError, RuntimeError, OSError) as e:
-        shown = " ".join(str(source).split())[:60]
-        raise UsageError(f"{shown!r} is neither a folder nor a Hub id: {e}") from e
+        raise UsageError(f"{shown(source)} is neither a folder nor a Hub id: {e}") from e
     return path
 
 

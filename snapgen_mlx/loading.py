@@ -1,12 +1,14 @@
 """Folders to models: the transformer, whole or one width of it, and the autoencoder."""
 
+from math import isfinite
 from pathlib import Path
 
 import mlx.core as mx
 
 from .config import QWEN_IMAGE, ConfigMixin, DiTConfig, QwenImageConfig, TransformerConfig
 from .device import compute_dtype, on_metal
-from .errors import SnapGenError
+from .errors import SnapGenError, UsageError, shown
+from .hub import local_path
 from .layout import load_config
 from .lora import add_lora, load_lora, load_updates
 from .models.autoencoder import (
@@ -38,9 +40,20 @@ def load_dit_config(folder) -> DiTConfig:
     return DiTConfig.from_dict(load_config(Path(folder) / "transformer"))
 
 
+def lora_pairs(loras) -> list[tuple[str | Path, float]]:
+    """LoRAs as they were given, checked. Raises UsageError unless they are pairs (file, scale)."""
+    try:
+        pairs = [(path, float(scale)) for path, scale in loras]
+        if not all(isinstance(path, str | Path) and isfinite(scale) for path, scale in pairs):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as e:
+        raise UsageError(f"LoRAs are a list of pairs (file, scale), not {shown(loras)}") from e
+    return pairs
+
+
 def load_supernet(folder) -> tuple[DiTConfig, dict[str, mx.array]]:
     """Configuration and flat parameters of a transformer folder, unsliced and as stored."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     return DiTConfig.from_dict(load_config(folder)), load_tensors(folder)
@@ -62,11 +75,13 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     Returns a ``DiT`` with its ``config``; nothing but headers is read before it is evaluated.
     Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
     """
+    if dtype is not None and not isinstance(dtype, mx.Dtype):
+        raise UsageError(f"dtype must be one of mlx.core, as mx.float16, not {shown(dtype)}")
     config, tensors = load_supernet(folder)
-    index = config.variant_index(variant or config.variants[-1])
+    index = config.variant_index(config.variants[-1] if variant is None else variant)
     dit = DiT(config.variant(index) if len(config.widths) > 1 else config)
     _fill(dit, slice_flat(tensors, config, index), dtype, folder)
-    for path, scale in loras:
+    for path, scale in lora_pairs(loras):
         add_lora(dit, load_lora(path, config, index, scale, base=folder))
     return dit
 
@@ -82,7 +97,7 @@ def load_qwen_image(folder, loras=(), read_once: bool = False) -> QwenImage:
         folder = folder / "transformer"
     model = QwenImage(QwenImageConfig.from_dict(load_config(folder)), read_once)
     shapes = layer_shapes(parameter_shapes(model))
-    updates = [load_updates(path, shapes, scale) for path, scale in loras]
+    updates = [load_updates(path, shapes, scale) for path, scale in lora_pairs(loras)]
     _fill(model, load_tensors(folder), None, folder)
     for update in updates:
         add_lora(model, update, fuse=False)

@@ -13,11 +13,11 @@ from . import __version__
 from .background import check_background, to_picture
 from .digest import digest
 from .editing import Edit
-from .errors import SnapGenError, UsageError
+from .errors import SnapGenError, UsageError, shown
 from .finite import check_finite
 from .hub import resolve, resolve_model
 from .layout import TEXT_FOLDERS, few_step_lora, load_config, picture_size
-from .loading import Transformer, load_transformer, load_transformer_config, load_vae
+from .loading import Transformer, load_transformer, load_transformer_config, load_vae, lora_pairs
 from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
 from .models.interfaces import Autoencoder, TextEncoder
@@ -48,15 +48,17 @@ class Pipeline:
         self.folder = Path(folder)
         self.config = load_config(self.folder)
         self.dit_config = load_transformer_config(self.folder)
-        if text_encoder and "gemma" not in self.dit_config.text_dims:
+        if text_encoder is not None and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
-        self.text_encoder, self.loras, self.base = text_encoder, list(loras), base
+        self.text_encoder, self.loras, self.base = text_encoder, lora_pairs(loras), base
         self.low_ram, self.keep_encoders = low_ram, keep_encoders
         self._texts: dict[str, tuple[dict, dict]] = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders)
-        self.variant = "auto" if variant is None else variant
-        if self.variant == "auto":
-            self.variant = self.dit_config.variants[-1]
+        self.variant = self.dit_config.variants[-1]
+        if variant is not None and not (isinstance(variant, str) and variant == "auto"):
+            self.dit_config.variant_index(variant)
+            self.variant = variant
+        else:
             largest = self.settings("any", width=width, height=height, guidance=guidance)
             self.variant = self.memory.choose(self._request(largest))
         self.dit  # noqa: B018 (its files are checked now, its weights are read when needed)
@@ -185,6 +187,8 @@ class Pipeline:
         picture does not fit into memory.
         """
         s, config = settings, self.dit_config
+        if not isinstance(s, Settings):
+            raise UsageError(f"steps are of what pipe.settings gives, not of {shown(s)}")
         s.check_size(self.memory.pixel_multiple)
         h, w = self.latent_size(s)
         if not config.takes(h, w):
@@ -241,6 +245,14 @@ class Pipeline:
         """
         if self.low_ram:
             self.free("encoders", "dit")
+        channels = self.dit_config.latent_channels
+        shape = latents.shape if isinstance(latents, mx.array) else ()
+        is_float = bool(shape) and mx.issubdtype(latents.dtype, mx.floating)
+        if len(shape) != 4 or shape[0] != 1 or shape[3] != channels or not is_float:
+            what = tuple(shape) if shape else shown(latents)
+            raise UsageError(
+                f"a latent holds floats of shape (1, height, width, {channels}), not {what}"
+            )
         check_finite([latents], "the latent")
         image = self.vae.decode(latents, decoding_tile(self.low_ram))
         check_finite([image], "the autoencoder's picture", self.vae)

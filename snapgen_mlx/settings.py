@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, shown
 from .layout import picture_size
 from .sampling import FEW_STEPS
 
@@ -13,15 +13,11 @@ MAX_PIXELS = 2048  # a side
 MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
 
 
-def _shown(value: Any) -> str:
-    return " ".join(repr(value).split())[:60]
-
-
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{name} must be a text, not {_shown(value)}")
+        raise UsageError(f"{name} must be a text, not {shown(value)}")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        raise UsageError(f"{name} holds bytes that are no characters: {_shown(value)}; write UTF-8")
+        raise UsageError(f"{name} holds bytes that are no characters: {shown(value)}; write UTF-8")
     return value
 
 
@@ -31,7 +27,7 @@ def _whole(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError as e:
-        raise UsageError(f"{name} must be a whole number, not {_shown(value)}") from e
+        raise UsageError(f"{name} must be a whole number, not {shown(value)}") from e
 
 
 def _number(name: str, value: Any) -> float:
@@ -40,7 +36,7 @@ def _number(name: str, value: Any) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError) as e:
-        raise UsageError(f"{name} must be a number, not {_shown(value)}") from e
+        raise UsageError(f"{name} must be a number, not {shown(value)}") from e
 
 
 KINDS: dict[str, Callable[[str, Any], Any]] = {
