@@ -6,6 +6,7 @@ Metal. Two thirds of a Mac's memory are taken to be usable (as Metal recommends 
 GB). Encoders are TinyCLIP 39M's text tower and Gemma-3-4b, in 4 bits unless the rest is in 16.
 """
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -42,9 +43,12 @@ USABLE = 2 / 3
 FORMS = [("affine", 16), ("affine", 8), ("affine", 4.3), ("palette", 8), ("palette", 4.3)]
 
 
+@contextlib.contextmanager
 def as_on_a_mac():
     """Types and memory as with Metal, which nothing needs that is never evaluated."""
-    return mock.patch.object(mx, "default_device", lambda: mx.gpu)
+    gpu = mock.patch.object(mx, "default_device", lambda: mx.gpu)
+    with gpu, mock.patch.object(mx.metal, "is_available", lambda: True):
+        yield
 
 
 def write_hole(folder: Path, config: dict, entries: dict) -> None:

@@ -50,6 +50,24 @@ explain_option = click.option(
 )
 
 
+DTYPES = ("float16", "bfloat16", "float32")  # those of ``device``, which takes long to import
+
+
+def _dtype(ctx, param, value: str | None):
+    """The name of a type -> MLX's type."""
+    from snapgen_mlx import device
+
+    return value and device.DTYPES[value]
+
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    callback=_dtype,
+    help="To compute with (default: float16 on a GPU, float32 on a CPU).",
+)
+
+
 def data_options(command):
     """--caption and --skip-bad, for ``read_pictures``."""
     command = click.option(

@@ -115,6 +115,7 @@ def distill(
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
+    from snapgen_mlx.device import training_dtype
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.loading import load_dit
     from snapgen_mlx.training.distill import KDOptions, load_teacher
@@ -147,7 +148,9 @@ def distill(
             memory = TrainingMemory.from_model(source, taught.nbytes)
         else:
             rank = KDMDOptions.lora if options.lora is None else options.lora
-            memory = few_steps_memory(source, load_dit(source, variant), taught, rank)
+            memory = few_steps_memory(
+                source, load_dit(source, variant, training_dtype()), taught, rank
+            )
         echo(explanation(memory, options, run))
         return
 

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from .arguments import Seed, lora_files_option
+from .arguments import Seed, dtype_option, lora_files_option
 from .replay import Replay
 
 
@@ -69,6 +69,7 @@ from .replay import Replay
     help="Draw with the base model and its many steps, without the few-step LoRA.",
 )
 @click.option("--text-encoder", help="Folder or Hub id of another Gemma 3, quantized or not.")
+@dtype_option
 @click.option(
     "--low-ram", is_flag=True, help="Keep only one part of the model in memory at a time; slower."
 )
@@ -87,6 +88,7 @@ def generate(
     loras,
     base,
     text_encoder,
+    dtype,
     low_ram,
     quiet,
     explain,
@@ -103,6 +105,7 @@ def generate(
     Without PROMPTS, or for a prompt "-", prompts are read from standard input, one a line. A
     prompt with choices in braces, "a {happy,sad} cat", stands for one of each.
     """
+    from snapgen_mlx.device import DTYPES
     from snapgen_mlx.errors import UsageError
     from snapgen_mlx.pipeline import Pipeline
     from snapgen_mlx.prompts import expand
@@ -112,7 +115,7 @@ def generate(
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
         variant = variants[0] if variants else None
-        click.echo(_explanation(model, text_encoder, variant, base, low_ram, sizes))
+        click.echo(_explanation(model, text_encoder, variant, base, low_ram, dtype, sizes))
         return
     replay = Replay(source) if source else None
     if replay:
@@ -122,6 +125,7 @@ def generate(
         variants = variants or (replay.found["variant"],)
         seeds = seeds or (replay.found["seed"],)
         base = base or not replay.found.get("few_step")
+        dtype = dtype or DTYPES.get(replay.found.get("dtype", ""))
         given = replay.complete(given)
     if not prompts or "-" in prompts:
         prompts = _with_standard_input(prompts)
@@ -147,6 +151,7 @@ def generate(
         base=base,
         low_ram=low_ram,
         keep_encoders=False,
+        dtype=dtype,
         **{k: given[k] for k in ("width", "height", "guidance")},
     )
     jobs = plan(pipe, variants or (pipe.variant,), prompts, seeds, edit, given)
@@ -170,7 +175,7 @@ def _with_standard_input(prompts) -> tuple[str, ...]:
     return (*prompts[:at], *lines, *prompts[at + 1 :])
 
 
-def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
+def _explanation(model, text_encoder, variant, base, low_ram, dtype, sizes) -> str:
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.layout import few_step_lora, load_config
     from snapgen_mlx.loading import load_vae
@@ -181,7 +186,8 @@ def _explanation(model, text_encoder, variant, base, low_ram, sizes) -> str:
     from .info import memory_table
 
     folder = resolve_model(model)
-    memory = ModelMemory(folder, load_vae(folder), load_text_encoders(folder, text_encoder))
+    encoders = load_text_encoders(folder, text_encoder, dtype)
+    memory = ModelMemory(folder, load_vae(folder, dtype), encoders, dtype)
     name = memory.config.variants[-1] if variant in (None, "auto") else variant
     few_steps = not base and few_step_lora(folder, name) is not None
     s = Settings.from_config(load_config(folder), "any", few_steps, **sizes)

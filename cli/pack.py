@@ -2,7 +2,7 @@
 
 import click
 
-from .arguments import Seed
+from .arguments import Seed, dtype_option
 from .progress import Bar
 
 
@@ -17,8 +17,9 @@ from .progress import Bar
 @click.option("--variant", help="auto, tiny, small or full (default: auto, the widest that fits).")
 @click.option("--seed", type=Seed(), default=0, show_default=True)
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1, 1000))
+@dtype_option
 @click.option("-o", "--output", required=True, type=click.Path(), help="A new folder.")
-def pack(prompts, styles, model, variant, seed, count, output):
+def pack(prompts, styles, model, variant, seed, count, dtype, output):
     """Draw PROMPTS with {choices} as a pack: stickers, emoji, icons, a sheet and a manifest."""
     from pathlib import Path
 
@@ -33,7 +34,7 @@ def pack(prompts, styles, model, variant, seed, count, output):
     texts = [text for prompt in prompts for text in expand(prompt)]
     texts = list(dict.fromkeys(f"{text}, {s}" if s else text for text in texts for s in styles))
     with atomic_folder(output) as folder:
-        pipe = Pipeline.load(model, variant, keep_encoders=False)
+        pipe = Pipeline.load(model, variant, keep_encoders=False, dtype=dtype)
         wanted = [pipe.settings(text, seed=s) for text in texts for s in range(seed, seed + count)]
         pipe.prepare(wanted)
 

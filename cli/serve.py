@@ -2,6 +2,8 @@
 
 import click
 
+from .arguments import dtype_option
+
 
 @click.command()
 @click.option(
@@ -33,8 +35,9 @@ import click
     type=click.FloatRange(1, 86400),
     help="Longest time for a request in seconds, including its wait.",
 )
+@dtype_option
 @click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
-def serve(models, host, port, token, gallery, queue, timeout, show):
+def serve(models, host, port, token, gallery, queue, timeout, dtype, show):
     """Keep models loaded and draw for a web page and for OpenAI's clients.
 
     Ctrl-C finishes the picture that is being drawn, then stops.
@@ -60,7 +63,7 @@ def serve(models, host, port, token, gallery, queue, timeout, show):
             "this machine"
         )
     listening = listen(host, port)
-    engine = Engine(model_names(models), Gallery(gallery), queue, timeout)
+    engine = Engine(model_names(models), Gallery(gallery), queue, timeout, dtype)
     engine.start()
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/"

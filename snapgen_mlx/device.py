@@ -6,15 +6,43 @@ from typing import cast
 import mlx.core as mx
 
 SHARE = 0.8  # of a machine's memory may be MLX's where the system names no limit
+CACHE = 8  # one part in so many of that memory may be kept for reuse
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-def on_metal() -> bool:
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU: Metal's, or one of CUDA."""
     return mx.default_device() == mx.gpu
 
 
-def compute_dtype() -> mx.Dtype:
-    """float32 on a CPU, where half-precision matmuls crawl; bfloat16 on Metal."""
-    return mx.bfloat16 if on_metal() else mx.float32
+def on_metal() -> bool:
+    return on_gpu() and mx.metal.is_available()
+
+
+def device_name() -> str:
+    if on_metal():
+        return "Metal"
+    return "CUDA" if on_gpu() else "the CPU"
+
+
+def inference_dtype() -> mx.Dtype:
+    """float32 on a CPU, where half-precision matmuls crawl; float16 on a GPU.
+
+    A picture keeps 66 to 68 dB of its float32 values in float16, 48 to 49 in bfloat16, which the
+    GPUs of M1 and M2 have to emulate as well (docs/performance.md).
+    """
+    return mx.float16 if on_gpu() else mx.float32
+
+
+def training_dtype() -> mx.Dtype:
+    """Of the copies that a step computes with: gradients need bfloat16's range."""
+    return mx.bfloat16 if on_gpu() else mx.float32
+
+
+def wide(dtype: mx.Dtype | None) -> mx.Dtype:
+    """The type for a network whose values leave float16's range: bfloat16 in its place."""
+    dtype = dtype or inference_dtype()
+    return mx.bfloat16 if dtype == mx.float16 else dtype
 
 
 def scalar(a: mx.array) -> float:
@@ -23,6 +51,21 @@ def scalar(a: mx.array) -> float:
 
 
 def usable_memory() -> int:
-    """Bytes that MLX may take on this machine: Metal's working set, or a share of all memory."""
-    limit = mx.device_info().get("max_recommended_working_set_size")
-    return cast(int, limit) or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    """Bytes that MLX may take on this machine: a GPU's working set, or a share of all memory."""
+    limit = _working_set()
+    return limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def set_limits() -> None:
+    """Keep weights from being paged out on a GPU, and little of what is free again.
+
+    Near the limit a Mac would page weights out between two steps. Buffers that are free again
+    stay with the process up to the cache's limit, which an idle one has no use for.
+    """
+    if on_gpu() and (limit := _working_set()):
+        mx.set_wired_limit(limit)
+        mx.set_cache_limit(limit // CACHE)
+
+
+def _working_set() -> int | None:
+    return cast(int | None, mx.device_info().get("max_recommended_working_set_size"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .device import on_metal, usable_memory
+from .device import device_name, usable_memory
 from .errors import SnapGenError, format_bytes
 from .pipeline import Pipeline
 from .sampling import last_step
@@ -45,7 +45,7 @@ def examine(model=None) -> list[Finding]:
     read whole and draws one step."""
     findings = [
         Finding("python", f"{platform.python_version()} on {platform.platform()}"),
-        Finding("mlx", f"{version('mlx')} on {'Metal' if on_metal() else 'the CPU'}"),
+        Finding("mlx", f"{version('mlx')} on {device_name()}"),
         _speed(),
         _room("memory", usable_memory(), "close other programs, or use --low-ram"),
         _room("disk", shutil.disk_usage(Path.home()).free, "make room in your home folder"),

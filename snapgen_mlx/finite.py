@@ -25,7 +25,7 @@ def check_finite(arrays: Iterable[mx.array], stage: str, model=None) -> None:
         where = f", as the weight {bad} does" if bad else " from finite weights"
     raise SnapGenError(
         f"{stage} holds NaN or infinity{where}; nothing was drawn: convert or download the model "
-        "again, or try other settings and LoRAs"
+        "again, or try other settings and LoRAs, or --dtype bfloat16 on a GPU"
     )
 
 

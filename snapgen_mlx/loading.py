@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .config import QWEN_IMAGE, ConfigMixin, DiTConfig, QwenImageConfig, TransformerConfig
-from .device import compute_dtype, on_metal
+from .device import inference_dtype, on_gpu, wide
 from .errors import SnapGenError, UsageError, shown
 from .hub import local_path
 from .layout import load_config
@@ -22,7 +22,7 @@ from .models.elastic import random_supernet, slice_flat
 from .models.interfaces import Autoencoder, AutoencoderConfig
 from .models.qwen_image import QwenImage
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
-from .tensors.affine import dequantize, quantize_like
+from .tensors.affine import cast_floats, dequantize, quantize_like
 from .tensors.weights import assign, load_tensors, parameter_shapes
 
 Transformer = DiT | QwenImage  # each is asked in the same way
@@ -70,7 +70,7 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     """Load one width of a transformer.
 
     Args: folder, a model folder or its ``transformer/``; variant, a name of ``config.variants``
-        (the widest when None); dtype of the weights (default: see ``compute_dtype``); loras, pairs
+        (the widest when None); dtype of the weights (default: ``inference_dtype``); loras, pairs
         (LoRA file, scale).
     Returns a ``DiT`` with its ``config``; nothing but headers is read before it is evaluated.
     Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
@@ -80,17 +80,19 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     config, tensors = load_supernet(folder)
     index = config.variant_index(config.variants[-1] if variant is None else variant)
     dit = DiT(config.variant(index) if len(config.widths) > 1 else config)
-    _fill(dit, slice_flat(tensors, config, index), dtype, folder)
+    _fill(dit, slice_flat(tensors, config, index), dtype or inference_dtype(), folder)
     for path, scale in lora_pairs(loras):
         add_lora(dit, load_lora(path, config, index, scale, base=folder))
     return dit
 
 
-def load_qwen_image(folder, loras=(), read_once: bool = False) -> QwenImage:
+def load_qwen_image(
+    folder, loras=(), read_once: bool = False, dtype: mx.Dtype | None = None
+) -> QwenImage:
     """Load Qwen-Image's transformer; its LoRAs stay beside the weights.
 
     Args: folder, a model folder or its ``transformer/``; loras, pairs (LoRA file, scale);
-        read_once, see ``QwenImage``.
+        read_once, see ``QwenImage``; dtype of the weights, float16 being too narrow for them.
     """
     folder = Path(folder)
     if (folder / "transformer").is_dir():
@@ -98,7 +100,7 @@ def load_qwen_image(folder, loras=(), read_once: bool = False) -> QwenImage:
     model = QwenImage(QwenImageConfig.from_dict(load_config(folder)), read_once)
     shapes = layer_shapes(parameter_shapes(model))
     updates = [load_updates(path, shapes, scale) for path, scale in lora_pairs(loras)]
-    _fill(model, load_tensors(folder), None, folder)
+    _fill(model, load_tensors(folder), wide(dtype), folder)
     for update in updates:
         add_lora(model, update, fuse=False)
     return model
@@ -113,18 +115,13 @@ def layer_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int
     }
 
 
-def _fill(
-    model: Transformer, tensors: dict[str, mx.array], dtype: mx.Dtype | None, where: Path
-) -> None:
+def _fill(model: Transformer, tensors: dict[str, mx.array], dtype: mx.Dtype, where: Path) -> None:
     """Give a model its weights as they are computed with on this machine, lazily."""
-    dtype = dtype or compute_dtype()
-    if on_metal():
+    if on_gpu():
         quantize_like(model, tensors)
     else:  # quantized matmuls crawl on a CPU
         tensors = dequantize(tensors, parameter_shapes(model))
-    # Packed weights are integers and stay as they are.
-    tensors = {k: a if a.dtype == mx.uint32 else a.astype(dtype) for k, a in tensors.items()}
-    assign(model, tensors, where)
+    assign(model, cast_floats(tensors, dtype), where)
 
 
 def load_transformer_config(folder) -> TransformerConfig:
@@ -134,11 +131,13 @@ def load_transformer_config(folder) -> TransformerConfig:
     return QwenImageConfig.from_dict(config) if is_qwen else DiTConfig.from_dict(config)
 
 
-def load_transformer(folder, variant: str | None = None, loras=()) -> Transformer:
+def load_transformer(
+    folder, variant: str | None = None, loras=(), dtype: mx.Dtype | None = None
+) -> Transformer:
     """The transformer of a model folder at one width, whichever it is; see ``load_dit``."""
     if isinstance(load_transformer_config(folder), QwenImageConfig):
-        return load_qwen_image(folder, loras)
-    return load_dit(folder, variant, loras=loras)
+        return load_qwen_image(folder, loras, dtype=dtype)
+    return load_dit(folder, variant, dtype, loras)
 
 
 def load_vae_config(folder) -> AutoencoderConfig:
@@ -147,11 +146,11 @@ def load_vae_config(folder) -> AutoencoderConfig:
     return build_autoencoder(load_config(folder), folder / "config.json").config
 
 
-def load_vae(folder) -> Autoencoder:
+def load_vae(folder, dtype: mx.Dtype | None = None) -> Autoencoder:
     """The autoencoder of a model folder, whichever it is."""
     folder = Path(folder) / "vae"
     vae = build_autoencoder(load_config(folder), folder / "config.json")
-    dtype = mx.float32 if vae.config.always_float32 else compute_dtype()
+    dtype = mx.float32 if vae.config.always_float32 else dtype or inference_dtype()
     assign(vae, {k: a.astype(dtype) for k, a in load_tensors(folder).items()}, folder)
     return vae
 

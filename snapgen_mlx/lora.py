@@ -192,7 +192,8 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         update = (x @ self.lora_a.T) @ self.lora_b.T
-        return self.linear(x) + self.scale * update
+        # A finer type of the matrices, as of a packed layer's scales, raises nothing that follows.
+        return self.linear(x) + (self.scale * update).astype(x.dtype)
 
 
 def add_lora(model: nn.Module, updates: dict[str, Update], fuse: bool = True) -> None:

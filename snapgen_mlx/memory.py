@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from .config import DiTConfig, QwenImageConfig, TransformerConfig
-from .device import compute_dtype, on_metal, usable_memory
+from .device import inference_dtype, on_gpu, on_metal, usable_memory
 from .errors import UsageError, format_bytes
 from .loading import load_transformer, load_transformer_config
 from .models.dit import DiT
@@ -58,10 +60,16 @@ class Prediction:
 class ModelMemory:
     """Memory needs of a model folder with its (unread) autoencoder and text encoders."""
 
-    def __init__(self, folder, vae: Autoencoder, encoders: list[TextEncoder]):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder,
+        vae: Autoencoder,
+        encoders: list[TextEncoder],
+        dtype: mx.Dtype | None = None,
+    ):
+        self.folder, self.dtype = Path(folder), dtype or inference_dtype()
         self.config = load_transformer_config(self.folder)
-        self.metal = on_metal()
+        self.metal, self.gpu = on_metal(), on_gpu()
         self.decoder = vae.decoder_bytes
         self.encoders = sum(encoder.nbytes for encoder in encoders)
         self.vae = vae.config  # not the network: it would stay in memory
@@ -75,7 +83,7 @@ class ModelMemory:
         self.is_quantized = any(key.endswith(".scales") for key in infos)
         self.is_palette = any(key.endswith(PALETTE) for key in infos)
         self._stored = max((info.nbytes for info in infos.values()), default=0)
-        self._is_cast = {NAMES[compute_dtype()]} != {info.dtype for info in infos.values()}
+        self._is_cast = {NAMES[self.dtype]} != {info.dtype for info in infos.values()}
         self._tensors: dict[str, list[int]] = {}
 
     @property
@@ -94,7 +102,7 @@ class ModelMemory:
 
     def _variant_tensors(self, variant: str) -> list[int]:
         if variant not in self._tensors:
-            parameters = flat_parameters(load_transformer(self.folder, variant))
+            parameters = flat_parameters(load_transformer(self.folder, variant, dtype=self.dtype))
             self._tensors[variant] = [
                 a.nbytes for path, a in parameters.items() if not path.startswith(self._unread)
             ]
@@ -114,8 +122,10 @@ class ModelMemory:
         beside = 0 if r.low_ram else self.decoder
         h, w = r.height // self.vae.downsampling, r.width // self.vae.downsampling
         config = _width(self.config, variant)
-        denoise = _denoising_bytes(config, h, w, 1 + r.guided, self._text_tokens, self.metal)
-        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram))
+        denoise = self.dtype.size * denoising_floats(
+            config, (h, w), 1 + r.guided, self._text_tokens, self.metal
+        )
+        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram), self.dtype.size)
         return Prediction(
             encode=encoders and encoders + self._encoding + (dit + beside if keep else 0),
             denoise=dit + kept + beside + max(denoise, self._loading(variant)),
@@ -151,7 +161,7 @@ class ModelMemory:
             if smaller := offer(f"--width {size.width} --height {size.height}", variant, size):
                 offers += smaller
                 break
-        if self.metal and not self.is_quantized:
+        if self.gpu and not self.is_quantized:
             offers += offer("a model converted with --quantize 4", variant, request, bits=4)
         what = f"{variant} at {request.width}x{request.height}"
         need = format_bytes(self.predict(variant, request).peak)
@@ -166,7 +176,7 @@ class ModelMemory:
         held = 0
         if self._is_cast or variant != self.config.variants[-1]:
             held += 2 * self._stored
-        if self.is_quantized and not self.metal:  # unpacked on the way
+        if self.is_quantized and not self.gpu:  # unpacked on the way
             held += 3 * max(self._variant_tensors(variant))
         return held
 
@@ -195,15 +205,15 @@ def _width(config: TransformerConfig, variant: str) -> TransformerConfig:
     return config.variant(index) if isinstance(config, DiTConfig) else config
 
 
-def _denoising_bytes(
-    config: TransformerConfig, h: int, w: int, batch: int, text_tokens: int, metal: bool
+def denoising_floats(
+    config: TransformerConfig, size: tuple[int, int], batch: int, text_tokens: int, metal: bool
 ) -> int:
-    """Activations of one network evaluation on a latent (batch, h, w): 19 vectors a token at the
+    """Activations of one network evaluation on a latent (batch, *size): 19 vectors a token at the
     peak of a block, the attention scores where they are not fused, the text's keys and values."""
-    size, d = compute_dtype().size, config.hidden_size
-    tokens = h * w // config.patch_size**2
+    d = config.hidden_size
+    tokens = size[0] * size[1] // config.patch_size**2
     if isinstance(config, QwenImageConfig):
-        return mmdit_bytes(config, tokens, batch, text_tokens, metal)
+        return _mmdit_floats(config, tokens, batch, text_tokens, metal)
     stages = []
     for stage, layers in enumerate(config.layers):
         n = tokens // 4 if stage == 1 and config.downsample else tokens
@@ -212,10 +222,10 @@ def _denoising_bytes(
             scores = 0
         stages.append(layers and 19 * n * d + config.num_heads * scores)
     text = text_tokens * (2 * sum(config.layers) * d + 2 * config.caption_dim)
-    return batch * size * (max(stages) + text)
+    return batch * (max(stages) + text)
 
 
-def mmdit_bytes(
+def _mmdit_floats(
     config: QwenImageConfig, tokens: int, batch: int, text_tokens: int, metal: bool
 ) -> int:
     """Activations of one evaluation of Qwen-Image: 21 vectors a token at the peak of a block and
@@ -226,4 +236,4 @@ def mmdit_bytes(
     scores = 0 if metal and config.attention_head_dim in FUSED_HEADS else heads * n * n
     others = 2 * (batch - rows) * n * d
     modulation = 12 * config.num_layers * d * batch
-    return compute_dtype().size * (rows * (21 * n * d + scores) + others + modulation)
+    return rows * (21 * n * d + scores) + others + modulation

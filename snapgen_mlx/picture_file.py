@@ -32,6 +32,7 @@ NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # Beside Settings and the variant: what a picture depends on, and from what it was made.
 OTHERS: dict[str, tuple[type, ...]] = {
     "digests": (dict,),
+    "dtype": (str,),
     "few_step": (bool,),
     "model": (str,),
     "text_encoder": (str,),

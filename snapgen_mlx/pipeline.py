@@ -11,6 +11,7 @@ from PIL import Image
 
 from . import __version__
 from .background import check_background, to_picture
+from .device import DTYPES, inference_dtype, set_limits
 from .digest import digest
 from .editing import Edit
 from .errors import SnapGenError, UsageError, shown
@@ -44,7 +45,9 @@ class Pipeline:
         base: bool = False,
         low_ram: bool = False,
         keep_encoders: bool = True,
+        dtype: mx.Dtype | None = None,
     ):
+        set_limits()
         self.folder = Path(folder)
         self.config = load_config(self.folder)
         self.dit_config = load_transformer_config(self.folder)
@@ -52,8 +55,9 @@ class Pipeline:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.text_encoder, self.loras, self.base = text_encoder, lora_pairs(loras), base
         self.low_ram, self.keep_encoders = low_ram, keep_encoders
+        self.dtype = dtype or inference_dtype()
         self._texts: dict[str, tuple[dict, dict]] = {}
-        self.memory = ModelMemory(self.folder, self.vae, self.encoders)
+        self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype)
         self.variant = self.dit_config.variants[-1]
         if variant is not None and not (isinstance(variant, str) and variant == "auto"):
             self.dit_config.variant_index(variant)
@@ -72,7 +76,8 @@ class Pipeline:
             given); text_encoder, a folder or Hub id of another Gemma 3; loras, pairs (LoRA file,
             scale); base, draw without the LoRA with which a width needs few steps; low_ram, hold
             the weights of one phase at a time and decode in smaller tiles; keep_encoders, False
-            frees heavy text encoders after each use.
+            frees heavy text encoders after each use; dtype, to compute with (default:
+            ``inference_dtype``).
         Weights are read when they are first used. Raises UsageError for an unknown variant and
         when nothing fits, SnapGenError for damaged or foreign files.
         """
@@ -86,15 +91,16 @@ class Pipeline:
     @cached_property
     def dit(self) -> Transformer:
         few_step = [(self.few_step, 1.0)] if self.few_step else []
-        return load_transformer(self.folder, self.variant, loras=[*few_step, *self.loras])
+        loras = [*few_step, *self.loras]
+        return load_transformer(self.folder, self.variant, loras, self.dtype)
 
     @cached_property
     def vae(self) -> Autoencoder:
-        return load_vae(self.folder)
+        return load_vae(self.folder, self.dtype)
 
     @cached_property
     def encoders(self) -> list[TextEncoder]:
-        return load_text_encoders(self.folder, self.text_encoder)
+        return load_text_encoders(self.folder, self.text_encoder, self.dtype)
 
     def free(self, *parts: str) -> None:
         """Drop "dit", "vae" or "encoders" from memory; each is loaded again when needed."""
@@ -330,6 +336,7 @@ class Pipeline:
         return {
             **asdict(settings),
             "variant": self.variant,
+            "dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
             **({"few_step": True} if self.few_step else {}),
             "model": source.get("name", self.folder.name),
             **({"text_encoder": encoder} if encoder else {}),

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .device import compute_dtype, on_metal
+from .device import inference_dtype, on_gpu, wide
 from .errors import SnapGenError
 from .hub import resolve
 from .layout import TOKENIZERS, load_config
@@ -18,7 +18,7 @@ from .models.qwen_text import QwenText
 from .models.static_text import StaticText
 from .models.word_tokens import WordTokens
 from .models.word_transformer import WordTransformer, WordTransformerConfig
-from .tensors.affine import dequantize_layers
+from .tensors.affine import cast_floats, dequantize_layers
 from .tensors.weights import assign, load_tensors
 from .tokenizer_files import (
     load_clip_tokenizer,
@@ -88,7 +88,7 @@ def load_clip_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> C
     """
     config = CLIPTextConfig.from_dict(load_config(folder))
     model = CLIPText(config, load_clip_tokenizer(tokenizer_folder))
-    dtype = dtype or compute_dtype()
+    dtype = dtype or inference_dtype()
     assign(model, {k: a.astype(dtype) for k, a in load_tensors(folder).items()}, folder)
     return model
 
@@ -106,27 +106,26 @@ def load_qwen_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> Q
 def _load_language_model(
     model_class: type[Model], folder, tokenizer: Tokenizer, dtype: mx.Dtype | None
 ) -> Model:
-    """On a CPU, quantized layers become float ones, which compute faster there; the embedding
-    table keeps its stored type. Raises SnapGenError for missing, damaged or foreign files.
+    """In bfloat16 instead of float16, whose range the states of large ones leave. On a CPU
+    quantized layers become float ones, which compute faster there; the embedding table keeps its
+    stored type. Raises SnapGenError for missing, damaged or foreign files.
     """
-    config, dtype = load_config(folder), dtype or compute_dtype()
+    config, dtype = load_config(folder), wide(dtype)
     model = model_class(config, tokenizer, dtype)
     tensors = text_keys(load_tensors(folder))
     if quantization := config.get("quantization"):
         model.quantize(quantization, tensors)
     table = "model.embed_tokens.weight"
-    tensors = {
-        k: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) and k != table else a
-        for k, a in tensors.items()
-    }
-    assign(model, tensors, folder)
-    if quantization and not on_metal():
+    kept = {table: tensors[table]} if table in tensors else {}
+    assign(model, cast_floats(tensors, dtype) | kept, folder)
+    if quantization and not on_gpu():
         dequantize_layers(model, dtype)
     return model
 
 
-# By the model_type of their config.json: functions of the folders of weights and tokenizer.
-TEXT_ENCODERS: dict[str, Callable[[Path, Path], TextEncoder]] = {
+# By the model_type of their config.json: functions of the folders of weights and tokenizer, and of
+# the type to compute with, of which only those take notice that have a choice.
+TEXT_ENCODERS: dict[str, Callable[[Path, Path, mx.Dtype | None], TextEncoder]] = {
     "static_text": load_static_text,
     "word_transformer": load_word_transformer,
     "clip_text_model": load_clip_text,
@@ -136,11 +135,11 @@ TEXT_ENCODERS: dict[str, Callable[[Path, Path], TextEncoder]] = {
 }
 
 
-def load_text_encoders(folder, gemma=None) -> list[TextEncoder]:
+def load_text_encoders(folder, gemma=None, dtype: mx.Dtype | None = None) -> list[TextEncoder]:
     """The text encoders of a model folder; a folder may lack either or both.
 
     gemma: a folder or Hub id of another Gemma 3 with its tokenizer, quantized by mlx-lm or not,
-    instead of the model's own.
+    instead of the model's own; dtype, to compute with (default: ``inference_dtype``).
     """
     folder = Path(folder)
     encoders = []
@@ -150,14 +149,14 @@ def load_text_encoders(folder, gemma=None) -> list[TextEncoder]:
         kind = load_config(folder / name).get("model_type")
         if kind not in TEXT_ENCODERS:
             raise SnapGenError(f"{folder / name / 'config.json'}: unknown text encoder {kind!r}")
-        encoders.append(TEXT_ENCODERS[kind](folder / name, folder / tokenizer))
-    return encoders + ([load_gemma(gemma)] if gemma else [])
+        encoders.append(TEXT_ENCODERS[kind](folder / name, folder / tokenizer, dtype))
+    return encoders + ([load_gemma(gemma, dtype)] if gemma else [])
 
 
-def load_gemma(source) -> GemmaText:
+def load_gemma(source, dtype: mx.Dtype | None = None) -> GemmaText:
     """A Gemma 3 text encoder from a folder (or Hub id) that holds its tokenizer too."""
     folder = resolve(source)
     kind = load_config(folder).get("model_type")
     if kind not in ("gemma3_text", "gemma3"):
         raise SnapGenError(f"{source} is a {kind or 'model of unknown type'}, not a Gemma 3")
-    return load_gemma_text(folder, folder)
+    return load_gemma_text(folder, folder, dtype)

@@ -166,14 +166,14 @@ def test_refusals_offer_what_fits_and_it_does_fit(large, embedded, limit):
 
 def test_on_metal_quantization_is_offered(large, limit):
     sizes = ModelMemory(large, load_vae(large), [])
-    sizes.metal = True
+    sizes.metal = sizes.gpu = True
     request = Request(64, 64)
     limit(0.9 * sizes.predict("tiny", request).peak)
     with pytest.raises(UsageError, match="a model converted with --quantize 4"):
         sizes.check("tiny", request)
     # Heads of 64 are fused there: no scores.
     on_metal = sizes.predict("tiny", Request(1024, 1024)).denoise
-    sizes.metal = False
+    sizes.metal = sizes.gpu = False
     assert on_metal < 0.8 * sizes.predict("tiny", Request(1024, 1024)).denoise
 
 

@@ -21,6 +21,7 @@ from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.tokenizer_files import load_qwen_tokenizer
 
+from .gpu import as_on_a_gpu
 from .qwen_hub import MODULES, save_lightning, save_qwen
 
 PROMPT = "the cat's red hat"
@@ -228,14 +229,11 @@ def test_few_bits_change_little(model, packed):
 
 def test_packed_layers_compute_what_their_floats_do(packed, lightning, monkeypatch):
     """As on Metal, where they stay packed, with the LoRA beside them."""
-    from snapgen_mlx import loading
-
     floats = velocity(load_qwen_image(packed, [(lightning, 1.0)]))
-    monkeypatch.setattr(loading, "on_metal", lambda: True)
-    model = load_qwen_image(packed, [(lightning, 1.0)])
+    as_on_a_gpu(monkeypatch)
+    model = load_qwen_image(packed, [(lightning, 1.0)], dtype=mx.float32)
     assert sum(isinstance(m, nn.QuantizedLinear) for _, m in model.named_modules()) > 40
-    # The floats were rounded to the scales' bfloat16.
-    assert rel(velocity(model), floats) < 0.02
+    assert rel(velocity(model), floats) < 1e-4
 
 
 def test_texts_are_encoded_by_a_packed_tower_too(model, packed):

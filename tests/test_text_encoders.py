@@ -17,7 +17,6 @@ from transformers import (
     GemmaTokenizer,
 )
 
-from snapgen_mlx import text_loading
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import clip_text, gemma_text
 from snapgen_mlx.models.clip_text import CLIPText
@@ -25,6 +24,8 @@ from snapgen_mlx.models.language_model import import_mlx_lm
 from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.text_loading import load_clip_text, load_gemma_text
 from snapgen_mlx.tokenizer_files import BOS, EOS, load_clip_tokenizer, load_gemma_tokenizer
+
+from .gpu import as_on_a_gpu
 
 TEXTS = [
     "the cat's hat",
@@ -286,10 +287,10 @@ def test_gemma_quantized_by_mlx_lm(gemma, gemma_tokenizers, tmp_path, monkeypatc
     tensors = {k: rounded(k, a) for k, a in to_mlx(gemma.state_dict()).items()}
     write_model(tmp_path / "f", config, tensors)
     if keep:
-        monkeypatch.setattr(text_loading, "on_metal", lambda: True)
-    ours = load_gemma_text(tmp_path / "q", gemma_tokenizers[1])
+        as_on_a_gpu(monkeypatch)
+    ours = load_gemma_text(tmp_path / "q", gemma_tokenizers[1], mx.float32)
     assert ("scales" in ours.model.layers[0].mlp.up_proj) is keep
-    expected = load_gemma_text(tmp_path / "f", gemma_tokenizers[1])
+    expected = load_gemma_text(tmp_path / "f", gemma_tokenizers[1], mx.float32)
     assert rel(ours.encode(TEXTS[:3])[0], expected.encode(TEXTS[:3])[0]) < 1e-5
 
 

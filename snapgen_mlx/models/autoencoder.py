@@ -41,7 +41,7 @@ class SnapGenAutoencoderConfig(ConfigMixin):
         """Pixels per latent position and axis."""
         return self.patch * 2 ** (len(self.encoder_channels) - 1)
 
-    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
         """Never tiled."""
         stages = [
             4**stage * channels * (18 + 4 * self.expansion)
@@ -156,7 +156,7 @@ class StickerAutoencoderConfig(ConfigMixin):
         """Pixels per latent position and axis."""
         return self.patch * 2 ** (len(self.channels) - 1)
 
-    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
         """Never tiled. Full convolutions unfold their input (on a CPU)."""
         stages = []
         for stage, channels in enumerate(self.channels[::-1]):

@@ -134,7 +134,8 @@ class CLIPText(nn.Module):
     def encoding_bytes(self) -> int:
         c = self.config
         return encoding_bytes(
-            c.num_attention_heads, c.hidden_size, c.intermediate_size, self.max_tokens
+            *(c.num_attention_heads, c.hidden_size, c.intermediate_size, self.max_tokens),
+            self.final_layer_norm.weight.dtype.size,
         )
 
     def __call__(self, ids: mx.array) -> mx.array:

@@ -24,8 +24,11 @@ class AutoencoderConfig(Protocol):
     def always_float32(self) -> bool:
         """Whether its weights are loaded as float32 on every machine."""
 
-    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
-        """Bytes of activations of decoding a latent (h, w) in tiles, predicted."""
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
+        """Bytes of activations of decoding a latent (h, w) in tiles, predicted.
+
+        size: bytes of a float, where the weights are not always float32.
+        """
 
 
 class Autoencoder(Network, Protocol):

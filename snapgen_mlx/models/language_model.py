@@ -8,6 +8,7 @@ from types import ModuleType
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..tensors.affine import answer_in_kind
 from .sizes import encoding_bytes, weight_bytes
 
 Tokenizer = Callable[[str], list[int]]
@@ -65,7 +66,8 @@ class LanguageModel(nn.Module):
     def encoding_bytes(self) -> int:
         a = self.args
         return encoding_bytes(
-            a.num_attention_heads, a.hidden_size, a.intermediate_size, self.max_tokens
+            *(a.num_attention_heads, a.hidden_size, a.intermediate_size, self.max_tokens),
+            self._dtype.size,
         )
 
     def quantize(self, quantization: dict, tensors: dict[str, mx.array]) -> None:
@@ -80,6 +82,7 @@ class LanguageModel(nn.Module):
             return f"{path}.scales" in tensors and overrides.get(f"{path}.", defaults)
 
         nn.quantize(self, **defaults, class_predicate=predicate)
+        answer_in_kind(self)
 
     def tokenize(self, texts: list[str], most: int) -> tuple[mx.array, mx.array]:
         """Ids and mask (B, L) of texts, cut to ``most`` tokens and padded on the right."""

@@ -2,7 +2,6 @@
 
 import mlx.nn as nn
 
-from ..device import compute_dtype
 from ..tensors.weights import flat_parameters
 
 
@@ -15,8 +14,11 @@ def parameter_count(module: nn.Module) -> int:
     return sum(a.size for a in flat_parameters(module).values())
 
 
-def encoding_bytes(heads: int, hidden: int, intermediate: int, tokens: int) -> int:
-    """A text transformer's activations at the peak of a layer, on one text (measured on a CPU)."""
+def encoding_bytes(heads: int, hidden: int, intermediate: int, tokens: int, size: int) -> int:
+    """A text transformer's activations at the peak of a layer, on one text (measured on a CPU).
+
+    size: bytes of a float.
+    """
     scores = heads * tokens**2
     layer = tokens * (12 * hidden + 4 * intermediate) + 2 * scores
-    return layer * compute_dtype().size
+    return layer * size

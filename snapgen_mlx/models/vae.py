@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ConfigMixin
-from ..device import compute_dtype, on_metal
+from ..device import on_metal
 from ..errors import SnapGenError, UsageError
 from .sizes import weight_bytes
 from .tiny_decoder import upsample_nearest
@@ -54,13 +54,13 @@ class VAEConfig(ConfigMixin):
     def latent_channels(self) -> int:
         return self.z_dim
 
-    def decoding_bytes(self, h: int, w: int, tile: int) -> int:
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
         """The middle block on the whole latent, with the scores of some rows, then two
         neighbouring parts of the up blocks on the largest tile.
 
         On Metal convolutions do not unfold their input and count half (an estimate).
         """
-        size, decoder = compute_dtype().size, Decoder(self)
+        decoder = Decoder(self)
         dims = [self.base_dim * m for m in self.dim_mult[::-1]]
         tile = min(tile, max(h, w))
         parts, scale = [], 1

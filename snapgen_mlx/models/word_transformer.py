@@ -95,7 +95,7 @@ class WordTransformer(nn.Module):
 
     def encoding_bytes(self) -> int:
         c = self.config
-        return encoding_bytes(c.heads, c.dim, c.ffn_ratio * c.dim, self.max_tokens)
+        return encoding_bytes(c.heads, c.dim, c.ffn_ratio * c.dim, self.max_tokens, 4)
 
     def encode(self, texts: list[str]) -> tuple[mx.array, mx.array]:
         """States (B, L, dim) and mask (B, L) bool, L at most ``max_tokens`` and at least 1.

@@ -64,9 +64,11 @@ class Calibration:
         return mx.concatenate(first), mx.concatenate(last)
 
 
-def load_widths(model) -> list[Pipeline]:
+def load_widths(model, dtype: mx.Dtype | None = None) -> list[Pipeline]:
     """The pipelines of a model folder's widths, narrowest first; their weights are not yet read."""
-    return [Pipeline.load(model, variant) for variant in load_dit_config(model).variants]
+    return [
+        Pipeline.load(model, variant, dtype=dtype) for variant in load_dit_config(model).variants
+    ]
 
 
 def psnr(latents: mx.array, reference: mx.array) -> float:

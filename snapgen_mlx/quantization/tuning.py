@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..device import usable_memory
+from ..device import training_dtype, usable_memory
 from ..layout import TEXT_FOLDERS
 from ..loading import load_supernet
 from ..lora import LoRALinear
@@ -106,12 +106,12 @@ def tune(
     model, folder, run = Path(model), Path(folder), Path(run)
     config, params = load_supernet(folder)
     params = {k: a for k, a in params.items() if is_tuned(k)}
-    pipes = load_widths(model)
+    pipes = load_widths(model, training_dtype())
     settings = [pipe.settings("any") for pipe in pipes]
     options = options_that_fit(model, folder, params, options, batch)
     data = yield from draw_pictures(model, pipes[-1], prompts, run / "cache")
     trainer = TuningTrainer(
-        *(config, params, options, [pipe.dit for pipe in load_widths(folder)]),
+        *(config, params, options, [pipe.dit for pipe in load_widths(folder, training_dtype())]),
         fingerprint(model / "transformer", folder / "transformer"),
         teachers=[pipe.dit for pipe in pipes],
         sigmas=sorted({t for s in settings for t in schedule(s.steps, s.shift)[:-1]}),

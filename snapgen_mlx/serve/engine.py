@@ -102,6 +102,7 @@ class Engine:
         gallery: where finished pictures are kept.
         queue_length: most jobs that wait.
         timeout: seconds from the request to its last picture.
+        dtype: to compute with, as of ``Pipeline.load``.
     """
 
     def __init__(
@@ -110,9 +111,10 @@ class Engine:
         gallery: Gallery,
         queue_length: int = 64,
         timeout: float = 600,
+        dtype: mx.Dtype | None = None,
     ):
         self.sources, self.gallery = sources, gallery
-        self.queue_length, self.timeout = queue_length, timeout
+        self.queue_length, self.timeout, self.dtype = queue_length, timeout, dtype
         self.models: dict[str, dict] = {}  # by name: what ``_describe`` says
         self._pipelines: OrderedDict[tuple[str, str | None], Pipeline] = OrderedDict()
         self._waiting: deque[Job] = deque()
@@ -206,7 +208,7 @@ class Engine:
             return self._pipelines[key]
         while len(self._pipelines) >= PIPELINES:
             self._pipelines.popitem(last=False)[1].free("dit", "vae", "encoders")
-        pipe = Pipeline.load(self.sources[name], key[1])
+        pipe = Pipeline.load(self.sources[name], key[1], dtype=self.dtype)
         for (other, _), loaded in self._pipelines.items():
             if other == name:  # the widths of a model share all but the transformer
                 pipe.vae, pipe.encoders = loaded.vae, loaded.encoders

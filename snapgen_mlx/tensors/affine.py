@@ -22,8 +22,9 @@ def dequantize(tensors: dict[str, mx.array], shapes: dict[str, tuple]) -> dict[s
             packed, n = tensors[f"{layer}.weight"], shapes[f"{layer}.weight"][-1]
             out[f"{layer}.weight"] = mx.dequantize(
                 packed,
-                scales,
-                tensors[f"{layer}.biases"],
+                # In half precision each weight would be rounded once more.
+                scales.astype(mx.float32),
+                tensors[f"{layer}.biases"].astype(mx.float32),
                 group_size=n // scales.shape[-1],
                 bits=packed.shape[-1] * 32 // n,
             )
@@ -42,6 +43,41 @@ def quantize_like(module: nn.Module, tensors: dict[str, mx.array]) -> None:
         return {"group_size": n // tensors[f"{path}.scales"].shape[-1], "bits": packed * 32 // n}
 
     nn.quantize(module, class_predicate=how)
+    answer_in_kind(module)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """Answers in the type of its input: scales of a finer one would raise all that follows."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(x.dtype)
+
+
+def answer_in_kind(module: nn.Module) -> None:
+    """Make every packed layer of a model a ``QuantizedLinear`` of ours."""
+    for layer in module.modules():
+        if type(layer) is nn.QuantizedLinear:
+            layer.__class__ = QuantizedLinear
+
+
+def cast_floats(tensors: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """``tensors`` in the type to compute with; packed weights are integers and stay.
+
+    Scales and biases of groups keep a type that is finer: rounded to bfloat16 they would add half
+    as much again to the error of 8 bits.
+    """
+    out = {}
+    for key, a in tensors.items():
+        of_groups = key.endswith((".scales", ".biases"))
+        if not mx.issubdtype(a.dtype, mx.floating) or (of_groups and _finer(a.dtype, dtype)):
+            out[key] = a
+        else:
+            out[key] = a.astype(dtype)
+    return out
+
+
+def _finer(a: mx.Dtype, b: mx.Dtype) -> bool:
+    return mx.finfo(a).eps < mx.finfo(b).eps
 
 
 def float_weight(layer: nn.Module) -> mx.array:
@@ -49,7 +85,10 @@ def float_weight(layer: nn.Module) -> mx.array:
     if not isinstance(layer, nn.QuantizedLinear):
         return layer.weight
     how = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **how)
+    scales, biases = layer.scales, layer.get("biases")
+    if biases is not None:  # affine, whose scales are floats
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(layer.weight, scales, biases, **how)
 
 
 def dequantize_layers(module: nn.Module, dtype: mx.Dtype) -> None:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
+from ..device import training_dtype
 from ..errors import UsageError
 from ..files import file_sha256
 from ..layout import few_step_lora, load_config
@@ -177,7 +178,7 @@ def load_teacher(folder, student, few_step=None) -> ModelTeacher:
     digest = fingerprint(folder / "transformer", *theirs)
     if few_step:
         digest += file_sha256(few_step)
-    return ModelTeacher(load_dit(folder), updates, own_text, digest)
+    return ModelTeacher(load_dit(folder, dtype=training_dtype()), updates, own_text, digest)
 
 
 class TaughtDataset(LatentDataset):

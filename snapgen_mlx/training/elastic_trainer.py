@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from ..config import DiTConfig
-from ..device import compute_dtype
+from ..device import training_dtype
 from ..models.dit import DiT
 from ..models.elastic import bank_index, empty_models, scatter_add, slice_flat
 from .flow_matching import add_noise, sample_timesteps, validation_loss
@@ -80,7 +80,7 @@ class ElasticTrainer:
         return self._bind(index, slice_flat(params, self.config, index))
 
     def _bind(self, index: int, own: dict[str, mx.array]) -> DiT:
-        dtype = compute_dtype()  # of the copies computed with; those trained stay float32
+        dtype = training_dtype()  # of the copies computed with; those trained stay float32
         cast = [(k, a.astype(dtype)) for k, a in own.items()]
         self.models[index].update(tree_unflatten(cast))
         return self.models[index]

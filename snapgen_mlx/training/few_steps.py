@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ..device import training_dtype
 from ..loading import load_dit, load_float_supernet, load_vae
 from ..lora import fuse_lora, load_lora
 from ..models.dit import DiT
@@ -51,7 +52,7 @@ def distill_few_steps(
     world = mx.distributed.init()
     check_output(model, output)
     check_batch(options, kdmd)
-    dit = load_dit(model, variant)
+    dit = load_dit(model, variant, training_dtype())
     variant = dit.config.variants[0]
     few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
     attach_lora(dit, lora_params(dit.config, kdmd.lora))

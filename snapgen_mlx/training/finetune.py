@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ..device import scalar
+from ..device import scalar, training_dtype
 from ..layout import load_config, picture_size
 from ..loading import load_dit, load_dit_config, load_float_supernet
 from ..models.elastic import empty_models, slice_flat
@@ -117,7 +117,7 @@ def make_trainer(
             assign(dit, slice_flat(params, config, i), model / "transformer")
         return make(config, params, options, base=base)
     config = load_dit_config(model)
-    models = [load_dit(model, name) for name in config.variants]
+    models = [load_dit(model, name, training_dtype()) for name in config.variants]
     params = lora_params(config, options.lora, seed)
     for i, dit in enumerate(models):
         attach_lora(dit, slice_flat(params, config, i))

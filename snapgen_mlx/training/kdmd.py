@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from ..device import compute_dtype, scalar
+from ..device import scalar, training_dtype
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
 from .distill import (
@@ -129,7 +129,7 @@ class KDMDTrainer:
 
     def bind(self, params: dict[str, mx.array]) -> DiT:
         """The model with these LoRA matrices."""
-        own = [(k, a.astype(compute_dtype())) for k, a in without_projectors(params).items()]
+        own = [(k, a.astype(training_dtype())) for k, a in without_projectors(params).items()]
         self.model.update(tree_unflatten(own))
         return self.model
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..device import scalar
+from ..device import scalar, set_limits
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_write
 from .checkpoint import load_state, locked, save_state
@@ -97,6 +97,7 @@ def _train(
     validation: LatentDataset | None,
     stop: Callable[[], bool],
 ) -> Iterator[dict]:
+    set_limits()
     o, steps = options, trainer.options.steps
     world = mx.distributed.init()
     check_batch(o, trainer.options)

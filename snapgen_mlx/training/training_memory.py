@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..config import DiTConfig
-from ..device import compute_dtype, on_metal, usable_memory
+from ..device import on_gpu, training_dtype, usable_memory
 from ..errors import UsageError, format_bytes
 from ..layout import load_config, picture_size
 from ..loading import load_dit_config, load_vae_config
@@ -62,8 +62,8 @@ class TrainingMemory:
         tokens = 1 + sum(TEXT_TOKENS.get(name, 0) for name in config.text_dims)
         weights = sum(map(parameter_count, empty_models(config)))
         infos = load_infos(Path(model) / "transformer")
-        each: float = compute_dtype().size
-        if on_metal() and any(key.endswith(".scales") for key in infos):
+        each: float = training_dtype().size
+        if on_gpu() and any(key.endswith(".scales") for key in infos):
             full = sum(a.size for a in random_supernet(config).values())
             each = sum(info.nbytes for info in infos.values()) / full  # packed ones stay packed
         return cls(config, (latent, latent), tokens, int(each * weights), beside)
@@ -82,7 +82,7 @@ class TrainingMemory:
         for i, dit in enumerate(empty_models(self.config)):  # never evaluated
             weights = parameter_count(dit)
             frozen = options.lora or self.trained is not None
-            own = 0 if frozen else weights * compute_dtype().size
+            own = 0 if frozen else weights * training_dtype().size
             if i < len(self.config.widths) - 1:  # a slice and its gradients
                 own += 0 if frozen else 8 * weights
             passes.append(own + part * self.activations(dit.config, options.checkpoint))
@@ -101,7 +101,7 @@ class TrainingMemory:
             blocks += layers * [32 * n * d + 1.7 * config.num_heads * scores + text]
             inputs += layers * n * d
         kept = 2 * inputs + 2 * max(blocks) if checkpoint else sum(blocks) + 1.3 * max(blocks)
-        return int(compute_dtype().size * kept)
+        return int(training_dtype().size * kept)
 
     def _trained(self, options: AdamOptions) -> int:
         if self.trained is not None:
