@@ -40,10 +40,20 @@ class _Random:
 
 
 def init(dest, geometry: str, seed: int, form: str = "mlx") -> dict:
-    """Write a float32 model of random weights and no text encoder, for "mlx" or "pytorch".
+    """Write a float32 model with random weights and without text encoders.
 
-    The same seed gives the same weights. Returns {"bytes"}. Raises UsageError for an unknown
-    geometry, SnapGenError when ``dest`` holds something or its disk is too small.
+    Args:
+        dest: new folder.
+        geometry: one of ``GEOMETRIES``.
+        seed: the same seed gives the same weights.
+        form: "mlx" or "pytorch".
+
+    Returns:
+        {"bytes"} of the transformer.
+
+    Raises:
+        UsageError: the geometry is unknown.
+        SnapGenError: ``dest`` is not empty, or its disk is too small.
     """
     if geometry not in GEOMETRIES:
         raise UsageError(f"no geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")

@@ -53,10 +53,15 @@ class PlannedComponent(Component):
 
 
 def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedComponent], dict]:
-    """The models in ``source`` (a whole checkpoint's folder, one model's folder, or a weight file)
-    and the ``model_index.json`` ({} when there is none).
+    """Find the models in a source.
 
-    only: names to take; config: a config.json for a file that has none beside it.
+    Args:
+        source: a checkpoint's folder, one model's folder, or a weight file.
+        only: names of the models to take.
+        config: config.json of a file that has none beside it.
+
+    Returns:
+        {name: component}, and ``model_index.json``, or {} if there is none.
     """
     source = Path(source)
     if unknown := set(only or ()) - set(COMPONENTS):
@@ -133,10 +138,17 @@ def plan(
     quantize: int | None = None,
     ema: bool = False,
 ) -> None:
-    """Fill ``component``'s rows from its files' headers; nothing is read beyond them.
+    """Fill a component's rows from the headers of its files; no weights are read.
 
-    Strict: raises SnapGenError unless every source key is used or dropped for a reason and every
-    parameter of the MLX model is filled with its right shape.
+    Args:
+        component: of ``find_components``.
+        dtype: of the weights; None keeps theirs.
+        quantize: bits of the large matrices; None for floats.
+        ema: use the EMA weights.
+
+    Raises:
+        SnapGenError: a source key is neither used nor dropped for a reason, or a parameter of the
+            MLX model is not filled with its shape.
     """
     rules, where = component.rules, component.path
     if rules is None:

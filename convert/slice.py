@@ -17,12 +17,22 @@ from ..tensors.stream import Component, Row, Step, copy_rows, verify, write_comp
 
 
 def slice_model(folder, dest, variant: str) -> dict:
-    """Cut a variant of the MLX model ``folder`` out to ``dest``, with all other parts copied.
+    """Write one variant of an MLX model as a model of its own, with all its other parts.
 
-    Packed layers stay packed, so that the cut computes bit for bit what the supernet does at this
-    width. Weights are read one by one. Returns {"bytes"} of the transformer. Raises
-    UsageError for an unknown variant or a model of one width, SnapGenError for damaged files and
-    for layers whose quantization groups the width cuts through.
+    Packed layers stay packed: the result computes to the bit what the supernet does at this width.
+    Weights are read one at a time.
+
+    Args:
+        folder: the supernet's model folder.
+        dest: new folder.
+        variant: name of the width.
+
+    Returns:
+        {"bytes"} of the transformer.
+
+    Raises:
+        UsageError: the variant is unknown, or the model has only one width.
+        SnapGenError: files are damaged, or the width splits the quantization groups of a layer.
     """
     folder, dest = Path(folder), Path(dest).expanduser().absolute()
     path = folder / "transformer"

@@ -67,12 +67,22 @@ class _WithZeros:
 
 
 def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> dict:
-    """Write an MLX model folder back as a diffusers-style PyTorch checkpoint.
+    """Write an MLX model folder as a diffusers-style PyTorch checkpoint.
 
-    Weights keep their dtype; quantized layers become floats of their scales' dtype. Converting
-    the result gives the same tensors bit for bit, unless there were quantized ones. Returns a
-    report {"bytes", "dequantized": {component: layers}, "written"}. Raises SnapGenError for a
-    folder that is damaged, no MLX model, or lacks weights, and when ``dest`` holds something.
+    Weights keep their dtype; quantized layers become floats in the dtype of their scales. If no
+    layer was quantized, converting the result gives the same tensors to the bit.
+
+    Args:
+        folder: the model folder.
+        dest: new folder.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        {"bytes", "dequantized": {component: layers}, "written": {component: report}}.
+
+    Raises:
+        SnapGenError: the folder is damaged, is not an MLX model, or lacks weights; or ``dest`` is
+            not empty.
     """
     folder, dest = Path(folder), Path(dest).expanduser().absolute()
     head = load_config(folder)

@@ -65,18 +65,24 @@ class Edit:
         self.image = Image.fromarray(pixels)
 
     def fit(self, side: int, multiple: int) -> tuple[int, int]:
-        """Width and height to work at: the picture's shape at the area of ``side``², the model's
-        own size, each side rounded to a multiple."""
+        """Width and height in pixels to work at: the picture's shape at the model's own area.
+
+        Args:
+            side: the model's own side in pixels; the area is side².
+            multiple: each side is rounded to a multiple of it.
+        """
         w, h = self.image.size
         scale = side / (w * h) ** 0.5
         width, height = (max(round(n * scale / multiple), 1) * multiple for n in (w, h))
         return width, height
 
     def pixels(self, width: int, height: int, channels: int) -> mx.array:
-        """The picture (1, height, width, channels) in [-1, 1] as an autoencoder takes it.
+        """The picture as an autoencoder takes it, (1, height, width, channels) in [-1, 1].
 
-        Four channels are red, green and blue premultiplied by alpha, and alpha; with three the
-        picture lies on white.
+        Args:
+            width: in pixels.
+            height: in pixels.
+            channels: 4 for premultiplied red, green and blue, and alpha; 3 for a picture on white.
         """
         a = np.array(self.image.convert("RGBA"), dtype=np.float32) / 255
         rgb, alpha = a[..., :3], a[..., 3:]

@@ -35,15 +35,25 @@ def evaluate(
     guidance: float | None = None,
     count: int = 100,
 ) -> Iterator[dict]:
-    """Measure widths of ``model`` (a folder, a Hub id, or None) on ``examples``.
+    """Measure widths of a model on examples.
 
-    For alignment ``count`` of the examples, or all where there are fewer, are drawn from their
-    first captions, always the same ones from the same noise, and compared with all of them; none
-    when all show one concept. Yields first the records of ``encode_data``; then what is measured:
-    ``pictures``, ``concepts``, ``drawn`` and, when any is drawn, the shares by ``chance``; then for
-    each of ``variants`` (all when None) its name as ``variant``, the ``loss`` of its base and, when
-    drawn, its ``shares`` with the ``steps`` and ``guidance`` of its own. Raises UsageError for an
-    unknown variant, or a picture that does not fit into memory.
+    Args:
+        model: folder, Hub id, or None for the embedded model.
+        examples: pictures with captions.
+        variants: names of the widths; None for all.
+        steps: of the sampler; None for the model's own.
+        guidance: None for the model's own.
+        count: most pictures drawn for each width. They are drawn from the examples' first captions,
+            always the same ones from the same noise, and compared with all examples. None are drawn
+            when all examples show one concept.
+
+    Yields:
+        The records of ``encode_data``. Then ``pictures``, ``concepts``, ``drawn`` and, if pictures
+        are drawn, the shares by ``chance``. Then for each width its name as ``variant``, the
+        ``loss`` of its base and, if pictures are drawn, its ``shares``, ``steps`` and ``guidance``.
+
+    Raises:
+        UsageError: a variant is unknown, or a picture does not fit into memory.
     """
     pipe = Pipeline.load(
         model, variants[0] if variants else None, guidance=guidance, keep_encoders=False

@@ -46,12 +46,21 @@ def resolve_model(source) -> Path:
 
 
 def resolve(source, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the local path of ``source``: an existing path as it is, or the snapshot folder of a
-    Hub id ``org/name[@revision]``, downloaded as far as it is not there yet.
+    """The local path of a source; downloads what is not there yet.
 
-    Only the files that conversion reads are fetched (safetensors before ``.bin``). HF_HUB_OFFLINE,
-    HF_ENDPOINT, HF_TOKEN and a cached login are honoured; files that are whole are never fetched
-    twice. Raises SnapGenError in one line for whatever can go wrong on the way.
+    Only files that conversion reads are downloaded (safetensors before ``.bin``), and whole files
+    are never downloaded twice. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and a cached login work.
+
+    Args:
+        source: an existing path, or a Hub id ``org/name[@revision]``.
+        revision: branch, tag or commit on the Hub.
+        token: for the Hub; None for the cached login.
+
+    Returns:
+        The path itself, or the folder of the Hub's snapshot.
+
+    Raises:
+        SnapGenError: in one line, for everything that can go wrong on the way.
     """
     path = local_path(source)
     if path.exists():

@@ -106,9 +106,12 @@ def _check_width(file: LoRAFile, config: DiTConfig, index: int | None) -> None:
 def copy_few_step_loras(
     source: Path, target: Path, change: Callable[[dict], dict] = lambda tensors: tensors
 ) -> None:
-    """The LoRAs with which a model needs few steps, where it has them; palettes become floats.
+    """Copy the few-step LoRAs of a model, if it has any. Palettes become floats.
 
-    change: what becomes of a LoRA's tensors.
+    Args:
+        source: model folder.
+        target: model folder.
+        change: is applied to the tensors of each LoRA.
     """
     for file in few_step_loras(source):
         tensors = change(read_tensors(file))
@@ -197,8 +200,14 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, updates: dict[str, Update], fuse: bool = True) -> None:
-    """Change a loaded model: float layers are fused, quantized ones get the update beside them,
-    and so do all without ``fuse``."""
+    """Change a loaded model by a LoRA.
+
+    Args:
+        model: the network.
+        updates: {layer: update}.
+        fuse: add the updates to the weights of float layers; quantized layers keep the update
+            beside their weights. If False, all layers do.
+    """
     modules = dict(model.named_modules())
     new = []
     for path, update in updates.items():

@@ -228,9 +228,19 @@ def denoising_floats(
 def _mmdit_floats(
     config: QwenImageConfig, tokens: int, batch: int, text_tokens: int, metal: bool
 ) -> int:
-    """Activations of one evaluation of Qwen-Image: 21 vectors a token at the peak of a block and
-    the attention scores for the rows that are evaluated at once, the tokens of the others, and
-    the modulation of every block."""
+    """Bytes of activations of one evaluation of Qwen-Image.
+
+    At the peak of a block, the rows that are evaluated at once need 21 vectors for each token and
+    their attention scores. The tokens of the other rows and the modulation of every block are
+    added.
+
+    Args:
+        config: of the transformer.
+        tokens: of the picture.
+        batch: rows in all.
+        text_tokens: of the text.
+        metal: whether attention is fused, without score matrices.
+    """
     d, heads, n = config.hidden_size, config.num_attention_heads, tokens + text_tokens
     rows = min(max(1, TOKENS // tokens), batch)
     scores = 0 if metal and config.attention_head_dim in FUSED_HEADS else heads * n * n

@@ -29,10 +29,14 @@ class Sticker:
 
 
 def trimmed(image: Image.Image, side: int) -> Image.Image:
-    """The visible part of a picture, centred in a transparent square of ``side`` pixels.
+    """The visible part of a picture, centred in a transparent square.
 
-    In a picture without transparency the visible part is what differs from its border's colour;
-    where the border has no one colour, the whole picture is. The colour itself stays.
+    In a picture without transparency, everything is visible that differs from the border's colour;
+    if the border has more than one colour, the whole picture is. The colour itself stays.
+
+    Args:
+        image: the picture.
+        side: of the square, in pixels.
     """
     image = image.convert("RGBA")
     box = _visible(np.array(image)) or (0, 0, *image.size)
@@ -62,8 +66,15 @@ def _visible(a: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def webp_below(image: Image.Image, limit: int) -> bytes:
-    """WebP of at most ``limit`` bytes: lossless where that is small enough, else the best quality
-    that is. Raises UsageError when none is."""
+    """A picture as WebP: lossless if that is small enough, otherwise at the best quality that is.
+
+    Args:
+        image: the picture.
+        limit: most bytes.
+
+    Raises:
+        UsageError: no quality is small enough.
+    """
     tries: list[dict[str, int]] = [{"lossless": True}, *({"quality": q} for q in range(95, 0, -10))]
     for options in tries:
         file = io.BytesIO()

@@ -171,10 +171,15 @@ class Pipeline:
         return s.texts if negative is None else [s.prompt, negative]
 
     def edit_settings(self, prompt: str, edit: Edit, **given) -> Settings:
-        """``settings`` for a picture that starts from another.
+        """``settings`` for a picture that starts from another one.
 
-        The size, where it is not given, is that picture's shape at the model's own area; strength
-        is 1 under a mask and 0.6 without.
+        The default size is that picture's shape at the model's own area. The default strength is 1
+        with a mask and 0.6 without.
+
+        Args:
+            prompt: what the result should show.
+            edit: the picture and its mask.
+            **given: as of ``settings``.
         """
         multiple = self.memory.pixel_multiple
         width, height = edit.fit(picture_size(self.config), multiple)
@@ -183,14 +188,21 @@ class Pipeline:
         return self.settings(prompt, **defaults | given)
 
     def stream(self, settings: Settings, edit: Edit | None = None) -> Iterator[Step]:
-        """Denoise, yielding every step after its evaluation; decode ``step.x`` of the last one.
+        """Denoise step by step.
 
-        With ``edit`` the steps start from its picture, as far as ``settings.strength`` says, and
-        what its mask leaves out is put back after each; ``edit.finish`` makes the result of what
-        was decoded. There is one step even where nothing changes.
+        Args:
+            settings: what to draw.
+            edit: a picture to start from, as far as ``settings.strength`` says. After each step,
+                the parts outside its mask are put back. ``edit.finish`` makes the result from the
+                decoded picture.
 
-        Raises UsageError at once when the prompt or the size does not suit the model, or the
-        picture does not fit into memory.
+        Yields:
+            Every step, evaluated; decode ``step.x`` of the last one. There is one step even if
+            nothing changes.
+
+        Raises:
+            UsageError: at once, if the prompt or the size does not fit the model, or the picture
+                does not fit into memory.
         """
         s, config = settings, self.dit_config
         if not isinstance(s, Settings):
@@ -245,9 +257,11 @@ class Pipeline:
         return blend_noise(noise, mx.random.normal(shape, key=mx.random.key(seed)), amount)
 
     def decode(self, latents: mx.array, background: str | None = None) -> Image.Image:
-        """Picture of a normalised latent (1, h, w, C): RGB, or RGBA where it is transparent.
+        """Decode a normalised latent to a picture, RGB or RGBA.
 
-        background: as of ``Settings``; None leaves a picture as transparent as it is.
+        Args:
+            latents: (1, h, w, C).
+            background: as of ``Settings``; None keeps the picture's transparency.
         """
         if self.low_ram:
             self.free("encoders", "dit")

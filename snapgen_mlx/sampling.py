@@ -16,9 +16,14 @@ FEW_STEPS = {"steps": 4, "guidance": 1.0, "shift": 3.0}
 
 
 def schedule(steps: int, shift: float = 3.0) -> list[float]:
-    """Sigmas from 1 to 0, steps + 1 of them: shift·s / (1 + (shift-1)·s) on linspace(1, 1/N, N).
+    """Sigmas from 1 to 0: shift·s / (1 + (shift-1)·s) on linspace(1, 1/N, N), then 0.
 
-    ``schedule(4)`` is exactly [1, 0.9, 0.75, 0.5, 0].
+    Args:
+        steps: N. ``schedule(4)`` is exactly [1, 0.9, 0.75, 0.5, 0].
+        shift: of the time schedule.
+
+    Returns:
+        N + 1 numbers.
     """
     grid = [1 - i / steps for i in range(steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in grid] + [0.0]
@@ -42,8 +47,13 @@ def keep_length(v: mx.array, like: mx.array, patch: int) -> mx.array:
 
 
 def apply_guidance(config: TransformerConfig, v: mx.array, guidance: float) -> mx.array:
-    """Guided velocities (B, H, W, C) of a transformer from v (2·B, H, W, C): those given the text,
-    then those given what guidance leads away from."""
+    """Guided velocities (B, H, W, C) [classifier-free guidance].
+
+    Args:
+        config: of the transformer, which says how lengths are treated.
+        v: (2·B, H, W, C), first those with the text, then those with the negative text.
+        guidance: 1 for none.
+    """
     v_pos, v_neg = mx.split(v, 2)
     guided = guide(v_pos, v_neg, guidance)
     return keep_length(guided, v_pos, config.patch_size) if config.rescale_guidance else guided
@@ -69,12 +79,23 @@ def denoise(
     negative: tuple[dict, dict] | None = None,
     put_back: Callable[[mx.array, float], mx.array] | None = None,
 ) -> Iterator[Step]:
-    """Integrate dx/dt = v from ``noise`` (B, H, W, C) along ``sigmas``, yielding every step.
+    """Integrate dx/dt = v along a schedule.
 
-    Time and text conditions are computed once. With guidance != 1 each step evaluates the prompt
-    and ``negative`` (text, masks; no text when None) in one batch of 2·B. After each
-    step ``put_back`` gets x and its sigma, and returns x with what must stay. Nothing is
-    evaluated here: the caller evaluates each step, and may stop at any.
+    Time and text conditions are computed once. Nothing is evaluated here: the caller evaluates each
+    step, and may stop at any.
+
+    Args:
+        dit: the transformer.
+        noise: (B, H, W, C).
+        text: {encoder: states (B, L, dim)}.
+        masks: {encoder: (B, L) bool}.
+        sigmas: of ``schedule``.
+        guidance: if it is not 1, each step evaluates prompt and negative in one batch of 2·B.
+        negative: (text, masks) to lead away from; None for no text.
+        put_back: gets x and its sigma after each step, and returns x with the parts that must stay.
+
+    Yields:
+        Every step.
     """
     B = noise.shape[0]
     guided = guidance != 1.0

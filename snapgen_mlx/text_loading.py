@@ -34,9 +34,15 @@ Model = TypeVar("Model", GemmaText, QwenText)
 
 
 def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = None) -> StaticText:
-    """Load config.json, model.safetensors and vocab.txt of a folder; the rest is not used.
+    """Load a word table: config.json, model.safetensors and vocab.txt of a folder.
 
-    Raises SnapGenError for missing or damaged files and for files of different tables.
+    Args:
+        folder: of the encoder.
+        tokenizer_folder: not used; the vocabulary lies in ``folder``.
+        dtype: of the states.
+
+    Raises:
+        SnapGenError: files are missing or damaged, or belong to different tables.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -52,9 +58,15 @@ def load_static_text(folder, tokenizer_folder=None, dtype: mx.Dtype | None = Non
 def load_word_transformer(
     folder, tokenizer_folder=None, dtype: mx.Dtype | None = None
 ) -> WordTransformer:
-    """Load config.json, model.safetensors and vocab.txt of a folder; float32 on every machine.
+    """Load a word transformer: config.json, model.safetensors and vocab.txt of a folder.
 
-    Raises SnapGenError for missing or damaged files and for weights of another model.
+    Args:
+        folder: of the encoder.
+        tokenizer_folder: not used; the vocabulary lies in ``folder``.
+        dtype: not used; this encoder is float32 on every machine.
+
+    Raises:
+        SnapGenError: files are missing or damaged, or the weights belong to another model.
     """
     folder = Path(folder)
     config, tensors = load_config(folder), load_tensors(folder)
@@ -82,9 +94,15 @@ def _word_tokens(folder: Path, config: dict, tensors: dict, dim) -> WordTokens:
 
 
 def load_clip_text(folder, tokenizer_folder, dtype: mx.Dtype | None = None) -> CLIPText:
-    """Load weights and tokenizer of a CLIP's text tower.
+    """Load weights and tokenizer of the text tower of a CLIP.
 
-    Raises SnapGenError for missing and damaged files and for weights of another model.
+    Args:
+        folder: of the encoder.
+        tokenizer_folder: of its tokenizer.
+        dtype: of the weights; None keeps theirs.
+
+    Raises:
+        SnapGenError: files are missing or damaged, or the weights belong to another model.
     """
     config = CLIPTextConfig.from_dict(load_config(folder))
     model = CLIPText(config, load_clip_tokenizer(tokenizer_folder))
@@ -136,10 +154,12 @@ TEXT_ENCODERS: dict[str, Callable[[Path, Path, mx.Dtype | None], TextEncoder]] =
 
 
 def load_text_encoders(folder, gemma=None, dtype: mx.Dtype | None = None) -> list[TextEncoder]:
-    """The text encoders of a model folder; a folder may lack either or both.
+    """Load the text encoders of a model folder. A folder may lack one or both.
 
-    gemma: a folder or Hub id of another Gemma 3 with its tokenizer, quantized by mlx-lm or not,
-    instead of the model's own; dtype, to compute with (default: ``inference_dtype``).
+    Args:
+        folder: of the model.
+        gemma: folder or Hub id of another Gemma 3 with its tokenizer, quantized by mlx-lm or not,
+            to use instead of the model's own.
     """
     folder = Path(folder)
     encoders = []

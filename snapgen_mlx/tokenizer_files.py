@@ -145,9 +145,14 @@ def _added_tokens(folder: Path) -> dict[int, str]:
 
 
 def load_word_tokens(folder, max_tokens: int) -> WordTokens:
-    """The tokenizer of a word table from vocab.txt and, where it is there, emoji.json.
+    """Load the tokenizer of a word table: vocab.txt and, if it is there, emoji.json.
 
-    Raises SnapGenError when a file is missing or damaged.
+    Args:
+        folder: of the table.
+        max_tokens: longest text in tokens.
+
+    Raises:
+        SnapGenError: a file is missing or damaged.
     """
     vocab, emoji = (Path(folder) / name for name in WORD_FILES)
     try:

@@ -22,10 +22,15 @@ def rotations(angles: np.ndarray) -> tuple[mx.array, mx.array]:
 
 @lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int], head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
-    """``rotations`` of the tokens of a (rows, columns) grid.
+    """``rotations`` of the tokens of a grid.
 
-    The first D/2 dims of a head turn by the row, the last D/2 by the column; in each half pair j
+    The first D/2 dims of a head turn by the row, the last D/2 by the column. In each half, pair j
     has the frequency theta^(-j/(D/4)).
+
+    Args:
+        grid: (rows, columns).
+        head_dim: D.
+        theta: base of the frequencies.
     """
     h, w = grid
     # On the host: an array of a graph that is being traced must not be kept.
@@ -63,9 +68,18 @@ def block_neighborhood_attention(
 ) -> mx.array:
     """Local branch of ASSA: block b of the raster sequence attends to blocks b-radius..b+radius.
 
-    q (B, H, N, D), k and v (B, K, N, D), N a multiple of ``blocks``. The interior blocks, which
-    all have 2·radius+1 neighbours, go through one batched call; the others have fewer keys and
-    go one by one, so nothing is masked and nothing computed in vain.
+    The inner blocks all have 2·radius+1 neighbours and go through one batched call. The outer
+    blocks have fewer keys and go one at a time. So nothing is masked and nothing computed in vain.
+
+    Args:
+        q: (B, H, N, D), N a multiple of ``blocks``.
+        k: (B, K, N, D).
+        v: (B, K, N, D).
+        blocks: number of equal blocks.
+        radius: neighbours on each side.
+
+    Returns:
+        (B, H, N, D).
     """
     B, H, N, D = q.shape
     K, size = k.shape[1], N // blocks

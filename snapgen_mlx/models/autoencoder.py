@@ -105,9 +105,14 @@ class SnapGenAutoencoder(nn.Module):
         return (self.encoder(images) - mean) / std
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1].
+        """Decode normalised latents.
 
-        It needs little memory, and ``tile`` is not used.
+        Args:
+            latents: (B, h, w, C).
+            tile: not used, because decoding needs little memory.
+
+        Returns:
+            Images (B, 8h, 8w, 3) in [-1, 1].
         """
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return mx.clip(self.decoder(latents * std + mean), -1, 1)
@@ -258,9 +263,14 @@ class StickerAutoencoder(nn.Module):
         return (self.encoder(images) - mean) / std
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> premultiplied images (B, H, W, 4) in [-1, 1].
+        """Decode normalised latents.
 
-        It needs little memory, and ``tile`` is not used.
+        Args:
+            latents: (B, h, w, C).
+            tile: not used, because decoding needs little memory.
+
+        Returns:
+            Images (B, H, W, 4) in [-1, 1], premultiplied by alpha.
         """
         mean, std = mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
         return mx.clip(self.decoder(latents * std + mean), -1, 1)

@@ -251,8 +251,12 @@ class DiT(nn.Module):
     def condition_text(self, text: dict, masks: dict | None, batch: int) -> TextCondition:
         """Keys and values of every cross-attention, computed once for a prompt.
 
-        text {name: (B, L, dim)}, masks {name: (B, L) bool}; an encoder may be absent. A sample
-        without any valid token attends to the learned null token alone.
+        A sample without any valid token attends only to the learned null token.
+
+        Args:
+            text: {encoder: states (B, L, dim)}; an encoder may be absent.
+            masks: {encoder: (B, L) bool}.
+            batch: B.
         """
         tokens, mask = self.text_embed(text, masks, batch)
         kv = {

@@ -98,19 +98,31 @@ def slice_flat(params: dict, config: DiTConfig, index: int) -> dict:
 
 
 def slice_params(params: dict, config: DiTConfig, index: int) -> dict:
-    """Parameter tree of the width ``config.widths[index]`` cut out of a supernet's tree.
+    """Parameter tree of one width, sliced from a supernet's tree. Differentiable.
 
-    Differentiable. The result fits ``DiT(config.variant(index))``. Raises SnapGenError when an
-    axis does not divide.
+    Args:
+        params: the supernet's tree.
+        config: of the supernet.
+        index: of the width in ``config.widths``.
+
+    Returns:
+        A tree that fits ``DiT(config.variant(index))``.
+
+    Raises:
+        SnapGenError: an axis does not divide.
     """
     return tree_unflatten(list(slice_flat(dict(tree_flatten(params)), config, index).items()))
 
 
 def scatter_add(full: dict, sub: dict, config: DiTConfig, index: int) -> dict:
-    """Add a variant's flat gradients into the leading slices of the supernet's flat gradients.
+    """Add a variant's gradients into the supernet's leading slices (adjoint of ``slice_flat``).
 
-    The adjoint of ``slice_flat``. ``sub`` paths are the variant's (bank 0); an isolated parameter
-    lands in its own bank entry, which ``full`` need not hold.
+    Args:
+        full: {path: gradient} of the supernet.
+        sub: {path: gradient} of the variant, with its bank entry at 0. An isolated parameter goes
+            to its own bank entry, which ``full`` need not hold.
+        config: of the supernet.
+        index: of the variant in ``config.widths``.
     """
     out = dict(full)
     for path, g in sub.items():

@@ -45,9 +45,15 @@ class Autoencoder(Network, Protocol):
         """Images (B, H, W, image_channels) in [-1, 1] -> normalised latents (B, h, w, C)."""
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, H, W, image_channels) in [-1, 1].
+        """Decode normalised latents.
 
-        ``tile``: latent positions a side of what is decoded at once, where memory is short.
+        Args:
+            latents: (B, h, w, C).
+            tile: side of the parts that are decoded one at a time, in latent positions, to save
+                memory.
+
+        Returns:
+            Images (B, H, W, image_channels) in [-1, 1].
         """
 
 

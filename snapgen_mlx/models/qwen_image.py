@@ -79,11 +79,16 @@ def unpack(x: mx.array, patch: int) -> mx.array:
 def rope_table(
     grid: tuple[int, int], length: int, axes: tuple[int, int, int]
 ) -> tuple[mx.array, mx.array]:
-    """``rotations`` of ``length`` text tokens and then the picture's N.
+    """``rotations`` of the text's tokens and then of the picture's.
 
-    A head's dims turn by frame, row and column. The picture's frame is 0, its rows and columns
-    are counted from its centre; a text's positions, the same on all three axes, go on where the
-    longer side of the picture ends.
+    The dims of a head turn by frame, row and column. The picture's frame is 0; its rows and columns
+    are counted from its centre. A text token has the same position on all three axes; the text
+    starts where the longer side of the picture ends.
+
+    Args:
+        grid: (rows, columns) of the picture's tokens.
+        length: text tokens.
+        axes: dims of a head for frame, row and column.
     """
     h, w = grid
     start = max(h // 2, w // 2)
@@ -254,8 +259,13 @@ class QwenImage(nn.Module):
         return TimeCondition(embedding, vectors)
 
     def condition_text(self, text: dict, masks: dict | None, batch: int) -> TextCondition:
-        """text {"qwen": (B, L, dim)}, masks {"qwen": (B, L) bool}; without text, the picture's
-        tokens attend to each other alone."""
+        """The text of a batch. Without text, the picture's tokens attend only to each other.
+
+        Args:
+            text: {"qwen": (B, L, dim)}.
+            masks: {"qwen": (B, L) bool}.
+            batch: B.
+        """
         states, mask = text.get(QWEN_TEXT), (masks or {}).get(QWEN_TEXT)
         dtype, d = self.txt_in.bias.dtype, self.config.hidden_size
         if states is None:

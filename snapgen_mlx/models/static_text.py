@@ -55,8 +55,10 @@ def word_states(table: mx.array, scale: mx.array, ids: mx.array) -> mx.array:
 
 
 def positions(length: int, dim: int) -> mx.array:
-    """Sinusoids (length, dim) of root mean square POSITION_RMS, as in "Attention Is All You Need"
-    but with POSITION_BASE."""
+    """Sinusoids (length, dim) as in "Attention Is All You Need", but with POSITION_BASE.
+
+    Their root mean square is POSITION_RMS.
+    """
     frequencies = POSITION_BASE ** (-mx.arange(0, dim, 2) / dim)
     angles = mx.arange(length)[:, None] * frequencies
     waves = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=1)

@@ -55,10 +55,17 @@ class VAEConfig(ConfigMixin):
         return self.z_dim
 
     def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
-        """The middle block on the whole latent, with the scores of some rows, then two
-        neighbouring parts of the up blocks on the largest tile.
+        """Bytes of activations of the decoder.
 
-        On Metal convolutions do not unfold their input and count half (an estimate).
+        These are the middle block on the whole latent, with the attention scores of some rows, and
+        then two neighbouring parts of the up blocks on the largest tile. On Metal convolutions do
+        not unfold their input and count half (an estimate).
+
+        Args:
+            h: rows of the latent.
+            w: columns of the latent.
+            tile: latent positions on a side.
+            size: bytes of a number.
         """
         decoder = Decoder(self)
         dims = [self.base_dim * m for m in self.dim_mult[::-1]]
@@ -289,11 +296,19 @@ class AutoencoderKLQwenImage(nn.Module):
         return (x[..., : self.config.z_dim].astype(mx.float32) - mean) / std
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1].
+        """Decode normalised latents.
 
-        With ``tile`` the upsampling part runs on tiles of that many latent positions a side, one
-        after the other, with the halo that its receptive field needs: the same image, in memory
-        that does not grow with it. Raises UsageError for a tile below 1.
+        Args:
+            latents: (B, h, w, C).
+            tile: side in latent positions of the parts that the upsampling layers take one at a
+                time. Each part has the margin that its receptive field needs, so the image is the
+                same, and the memory does not grow with it.
+
+        Returns:
+            Images (B, 8h, 8w, 3) in [-1, 1].
+
+        Raises:
+            UsageError: the tile is below 1.
         """
         if tile is not None and tile < 1:
             raise UsageError(f"tile is {tile}; it must be at least 1 latent position")

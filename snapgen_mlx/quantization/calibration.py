@@ -40,8 +40,15 @@ class Calibration:
         return cls(prompts, noise, text, masks)
 
     def steps(self, pipe: Pipeline, count: int | None = None) -> Iterator[Iterator[Step]]:
-        """The (unevaluated) steps of the first ``count`` prompts, batch after batch, as this width
-        of the model is used: its own number of steps, guidance, shift and few-step LoRA."""
+        """The steps of the sampler, not yet evaluated, in batches.
+
+        The model draws as this width is used: with its own number of steps, guidance, shift and
+        few-step LoRA.
+
+        Args:
+            pipe: the model.
+            count: how many of the prompts; None for all.
+        """
         s, n = pipe.settings("any"), len(self.prompts)
         count = min(count or n, n)
         tokens = self.noise[0, ..., 0].size // pipe.dit_config.patch_size**2

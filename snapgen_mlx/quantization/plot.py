@@ -17,9 +17,16 @@ def import_matplotlib():
 
 
 def draw(sensitivity: dict, layers: dict[str, int], path) -> None:
-    """Normalised output error of every layer at each number of bits, its effect on the final
-    latents at 4 where that was measured, and the bits that ``layers`` gives it; the widths' errors
-    are added."""
+    """Draw the errors of every layer, and the bits that it gets.
+
+    Shown are the normalised output error at each number of bits, and the effect on the final
+    latents at 4 bits where it was measured. The errors of all widths are added.
+
+    Args:
+        sensitivity: of ``sensitivity.measure``.
+        layers: {layer: bits}.
+        path: PNG to write.
+    """
     figure = import_matplotlib().Figure(figsize=(max(8, len(layers) / 7), 8), layout="constrained")
     errors, effects, chosen = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
     names, places = list(sensitivity), range(len(sensitivity))

@@ -48,9 +48,15 @@ class Recipe:
 
     @classmethod
     def load(cls, path, config: DiTConfig, shapes: dict) -> "Recipe":
-        """A recipe file for a transformer of this architecture with these ``quantizable`` layers.
+        """Read a recipe file.
 
-        Raises SnapGenError for another file, and for a recipe of another architecture.
+        Args:
+            path: recipe.json.
+            config: of the transformer that it is for.
+            shapes: its ``quantizable`` layers.
+
+        Raises:
+            SnapGenError: the file is not a recipe, or it is for another architecture.
         """
         d = read_json(Path(path))
         if d.get("format") != FORMAT["format"] or d.get("version") != FORMAT["version"]:
@@ -112,14 +118,23 @@ def design(
     budget: float,
     method: str = "density",
 ) -> Recipe:
-    """The recipe of ``method`` whose ``average_bits`` stay within ``budget``.
+    """Choose the bits of each layer within a budget.
 
-    "mse" is the paper's rule [supplement C]: all layers at a few bits, those with the largest
-    output error at these bits at 8. "density" starts at 2 bits and takes, again and again, the
-    step that lessens the error of the final latents most for its bits. That error is measured at 4
-    bits; elsewhere it follows the layer's normalised output error. The errors of all widths are
-    added up. Layers that ``sensitivity`` lacks, since nothing went through them, get 8 bits. Raises
-    UsageError for a budget out of range.
+    "mse" is the paper's rule [supplement C]: all layers get a few bits, and those with the largest
+    output error at these bits get 8. "density" starts at 2 bits. It then takes, again and again,
+    the step that reduces the error of the final latents most for its bits. That error was measured
+    at 4 bits; at other bits it follows the layer's normalised output error. The errors of all
+    widths are added.
+
+    Args:
+        config: of the transformer.
+        shapes: its ``quantizable`` layers.
+        sensitivity: of ``sensitivity.measure``. Layers that are missing get 8 bits.
+        budget: most bits, as ``average_bits`` counts them.
+        method: "mse" or "density".
+
+    Raises:
+        UsageError: the budget is out of range.
     """
     kept = protected(shapes) | (shapes.keys() - sensitivity.keys())
     check_budget(shapes, budget, kept)

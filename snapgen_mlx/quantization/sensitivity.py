@@ -38,16 +38,28 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     effect: bool = True,
 ) -> dict:
-    """Quantize each layer of the folder ``model`` alone and compare, at every width.
+    """Quantize each layer alone and measure the error at every width.
 
-    Returns {layer: {variant: {"mse", "nmse": {bits: error}, "latents": error}}}. mse: mean squared
-    error of the layer's output on a sample of its inputs along the schedule; nmse: the same by the
-    output's power; latents: the squared error of the final latents, by their power, with the layer
-    at 4 bits; left out, with most of the time it takes, without ``effect``. A layer that nothing
-    goes through, such as that of a text encoder which is not there, is left out. Kept in the JSON
-    file ``path``, from which a later call goes on. In memory are one width of the model, ``ROWS``
-    rows of each of its layers' inputs, and one layer's copies. Raises SnapGenError when ``path``
-    holds another measurement.
+    In memory are one width of the model, ``ROWS`` rows of the inputs of each layer, and one layer's
+    copies.
+
+    Args:
+        model: folder of the float model.
+        backend: how weights are quantized.
+        calibration: the prompts and steps.
+        path: JSON file that keeps the measurement; a later call goes on from it.
+        progress: called with (layers done, layers in all).
+        effect: also measure the final latents, which takes most of the time.
+
+    Returns:
+        {layer: {variant: {"mse", "nmse": {bits: error}, "latents": error}}}. "mse" is the mean
+        squared error of the layer's output on a sample of its inputs along the schedule. "nmse" is
+        the same divided by the output's power. "latents" is the squared error of the final latents
+        divided by their power, with the layer at 4 bits. A layer without inputs is left out, such
+        as that of a text encoder that the model does not have.
+
+    Raises:
+        SnapGenError: ``path`` holds another measurement.
     """
     path = Path(path)
     config, _ = load_supernet(model)
@@ -151,8 +163,14 @@ class Catcher(nn.Module):
 
 
 def layer_inputs(pipe: Pipeline, calibration: Calibration) -> dict[str, mx.array]:
-    """A random sample of the vectors (rows, in) that enter each Linear layer along the schedule,
-    but for layers that none enters."""
+    """A random sample of the inputs (rows, in) of each Linear layer along the schedule.
+
+    Layers without inputs are left out.
+
+    Args:
+        pipe: the model.
+        calibration: the prompts and steps.
+    """
     layers = {path: m for path, m in pipe.dit.named_modules() if isinstance(m, nn.Linear)}
     rng, batches = np.random.default_rng(0), sum(1 for _ in calibration.steps(pipe))
     share = max(1, ROWS // (batches * pipe.settings("any").steps))

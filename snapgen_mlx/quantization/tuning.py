@@ -45,8 +45,15 @@ class TuningOptions(ElasticOptions):
 
     @classmethod
     def from_bits(cls, bits: float, steps: int) -> "TuningOptions":
-        """For weights of so many bits on average. Rounding halves with every bit, and Adam's steps
-        would stay as long: at 8 bits they would do more harm than rounding did."""
+        """Options for weights of this many bits on average.
+
+        The learning rate halves with every bit, because rounding errors do. With the rate of 4
+        bits, tuning at 8 bits would do more harm than rounding.
+
+        Args:
+            bits: average over the weights.
+            steps: of tuning.
+        """
         return cls(steps=steps, learning_rate=cls.learning_rate * min(1, 2 ** (4 - bits)))
 
 
@@ -128,8 +135,17 @@ def tune(
 def draw_pictures(
     model: Path, pipe: Pipeline, prompts: list[str], cache: Path
 ) -> Generator[dict, None, LatentDataset]:
-    """The data set of two pictures of each of ``prompts`` by the widest of ``model``; ``pipe`` has
-    its text encoders. Yields as ``finetune.draw_prior`` and ``data.cached_states``."""
+    """The data set of two pictures of each prompt by the widest variant of a model.
+
+    Args:
+        model: folder of the model that draws.
+        pipe: a pipeline with its text encoders.
+        prompts: what to draw.
+        cache: folder that keeps the pictures.
+
+    Yields:
+        The records of ``encoding.draw_prior`` and ``data.cached_states``.
+    """
     latents = yield from draw_prior(model, prompts * 2, cache)
     text = fingerprint(*(model / name for name in TEXT_FOLDERS))
     encoders = yield from cached_states(pipe.encoders, text, prompts, cache)
@@ -140,8 +156,18 @@ def draw_pictures(
 def options_that_fit(
     model: Path, folder: Path, params: dict, options: TuningOptions, batch: int
 ) -> TuningOptions:
-    """``options``, with a batch in parts or checkpointing where memory asks for it. Raises
-    UsageError where nothing fits."""
+    """``options``, with a batch in parts or with checkpointing if memory needs it.
+
+    Args:
+        model: folder of the float model.
+        folder: of the quantized model.
+        params: what is tuned.
+        options: as asked for.
+        batch: pictures in a step.
+
+    Raises:
+        UsageError: nothing fits.
+    """
     ours, theirs = TrainingMemory.from_model(folder), TrainingMemory.from_model(model)
     trained = sum(a.size for a in params.values())
     memory = replace(ours, beside=ours.frozen + theirs.frozen, trained=trained)

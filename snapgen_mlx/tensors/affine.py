@@ -8,10 +8,14 @@ from ..errors import SnapGenError
 
 
 def dequantize(tensors: dict[str, mx.array], shapes: dict[str, tuple]) -> dict[str, mx.array]:
-    """Replace packed affine weights by floats; ``shapes`` gives each weight's float shape.
+    """Replace packed affine weights by floats.
 
-    Bits and group size follow from the shapes: a row of n weights packs into n·bits/32 words and
-    has n/group scales.
+    Bits and group size follow from the shapes: a row of n weights has n·bits/32 words and n/group
+    scales.
+
+    Args:
+        tensors: {key: array} with packed weights, scales and biases.
+        shapes: {weight key: float shape}.
     """
     out = {k: a for k, a in tensors.items() if not k.endswith((".scales", ".biases"))}
     for key, scales in tensors.items():

@@ -20,11 +20,19 @@ ITERATIONS = 1000  # at most; a few dozen are usual
 
 
 def kmeans(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
-    """Centres (k,), rising, of 1-D k-means on rising ``values`` (M,) that occur ``counts`` times.
+    """1-D k-means on values with counts.
 
-    The best partition of about ``CELLS`` cells, by dynamic programming, then Lloyd's iteration on
-    the values themselves. With prefix sums the time does not depend on how many weights there are;
-    the squared error is within 1 % of the optimum.
+    Dynamic programming finds the best partition of about ``CELLS`` cells; then Lloyd's iteration
+    runs on the values. The squared error is within 1 % of the optimum. With prefix sums, the time
+    does not depend on the number of weights.
+
+    Args:
+        values: (M,), rising.
+        counts: (M,), how often each value occurs.
+        k: number of centres.
+
+    Returns:
+        Centres (k,), rising.
     """
     if len(values) <= k:
         return np.pad(values, (0, k - len(values)), mode="edge")
@@ -77,11 +85,20 @@ def _partition(cells: list[np.ndarray], k: int) -> np.ndarray:
 
 
 def fit(weight: mx.array, bits: int) -> tuple[np.ndarray, mx.array]:
-    """The best palette of a float16 or bfloat16 weight.
+    """The best palette of a weight.
 
-    No weight is left out: 16-bit floats take at most 65536 values, which are clustered with their
-    counts. Returns the indices (...) uint8 and the palette (2^bits,) of the weight's dtype. Raises
-    SnapGenError for NaN or infinity.
+    Every weight counts: 16-bit floats have at most 65536 values, which are clustered with their
+    counts.
+
+    Args:
+        weight: (...) float16 or bfloat16.
+        bits: of an index.
+
+    Returns:
+        Indices (...) uint8, and the palette (2^bits,) in the weight's dtype.
+
+    Raises:
+        SnapGenError: the weight holds NaN or infinity.
     """
     codes = np.array(weight.view(mx.uint16))
     counts = np.bincount(codes.reshape(-1), minlength=1 << 16)
@@ -103,8 +120,15 @@ def _float64(a: mx.array) -> np.ndarray:
 
 
 def pack(indices: np.ndarray, bits: int) -> np.ndarray:
-    """(..., n) uint8 below 2^bits -> (..., n·bits/32) uint32, the first index lowest; n·bits is a
-    multiple of 32."""
+    """Pack indices into words, the first index in the lowest bits.
+
+    Args:
+        indices: (..., n) uint8 below 2^bits; n·bits is a multiple of 32.
+        bits: of an index.
+
+    Returns:
+        (..., n·bits/32) uint32.
+    """
     stream = (indices[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
     packed = np.packbits(stream.reshape(*indices.shape[:-1], -1), axis=-1, bitorder="little")
     return packed.view("<u4")

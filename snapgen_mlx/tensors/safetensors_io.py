@@ -140,9 +140,15 @@ def load_arrays(path) -> dict[str, mx.array]:
 
 
 def read_array(path, key: str, info: TensorInfo) -> mx.array:
-    """Read one tensor; fp8 becomes bfloat16 and float64 float32.
+    """Read one tensor. fp8 becomes bfloat16, and float64 becomes float32.
 
-    Raises SnapGenError for a dtype that has no array in MLX.
+    Args:
+        path: of the file.
+        key: of the tensor.
+        info: its entry in the header.
+
+    Raises:
+        SnapGenError: MLX has no such dtype, or the file ends too early.
     """
     if info.dtype not in READ_AS:
         raise SnapGenError(
@@ -216,13 +222,18 @@ def write_tensors(
     form: str = "mlx",
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write ``tensors``, pairs (key, array) in the order of ``infos`` {key: (dtype, shape)}.
+    """Write a safetensors file, one array in memory at a time.
 
-    form: the metadata's "format", which tells libraries whose layouts these are; metadata, strings
-    beside it.
+    Args:
+        path: of the file.
+        infos: {key: (dtype, shape)} in the order of the file.
+        tensors: pairs (key, array) in the same order.
+        form: the metadata's "format", which tells libraries whose layouts these are.
+        metadata: more strings for the header.
 
-    Only one array is held at a time. Raises SnapGenError when an array is not what ``infos``
-    promised; OSError (disk full) passes through.
+    Raises:
+        SnapGenError: an array does not have the dtype and shape that ``infos`` says.
+        OSError: the disk is full.
     """
     header: dict[str, dict] = {"__metadata__": {**(metadata or {}), "format": form}}
     position = 0

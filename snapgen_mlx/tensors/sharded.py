@@ -106,8 +106,16 @@ def check_shard(index: Path, name: str, promised: set[str], held: Iterable[str])
 
 
 def split_shards(sizes: dict[str, int], most: int, stem: str) -> dict[str, list[str]]:
-    """{file name: its keys} of tensors with these bytes, none above ``most`` but for a single
-    tensor that is larger."""
+    """Distribute tensors over files.
+
+    Args:
+        sizes: {key: bytes}.
+        most: bytes in a file; only a single larger tensor exceeds it.
+        stem: of the file names.
+
+    Returns:
+        {file name: its keys}.
+    """
     parts: list[list[str]] = [[]]
     size = 0
     for key, nbytes in sizes.items():

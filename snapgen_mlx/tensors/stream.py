@@ -179,11 +179,17 @@ def write_components(
     form: str = "mlx",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all shards that ``folder`` does not have yet, with their index and ``config.json``.
+    """Write all shards that a folder does not have yet, with their index and ``config.json``.
 
-    form: the metadata's "format", "mlx" or "pt"; progress(bytes done, bytes in all). Raises
-    SnapGenError when the disk is too small, and when a tensor holds NaN or infinity, after all
-    have been looked at.
+    Args:
+        folder: of the model.
+        components: what to write.
+        form: the metadata's "format", "mlx" or "pt".
+        progress: called with (bytes done, bytes in all).
+
+    Raises:
+        SnapGenError: the disk is too small; or tensors hold NaN or infinity, after all were
+            checked.
     """
     components = list(components)
     check_disk(folder, components)

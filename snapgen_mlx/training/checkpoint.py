@@ -49,10 +49,18 @@ def fingerprint(*folders: Path) -> str:
 
 
 def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> None:
-    """Write ``arrays`` and ``info`` as the state after ``step``; the oldest beyond two go.
+    """Write the state after a step, and remove the oldest state if there are more than two.
 
-    The JSON with the checksum is written last: a state without it does not exist. Raises
-    SnapGenError when the disk is full; the states before are then still there.
+    The JSON file with the checksum is written last: without it the state does not exist.
+
+    Args:
+        folder: of the run.
+        step: the number of steps done.
+        arrays: {name: array} of the state.
+        info: what the JSON file holds besides.
+
+    Raises:
+        SnapGenError: the disk is full; the earlier states are still there.
     """
     folder = Path(folder)
     # What a process killed while it was writing left: each as large as a state.

@@ -26,11 +26,15 @@ LOADING = 1  # part of the cached latents' key; raise it when load_image gives o
 
 
 def bucket_sizes(base: int, config: DiTConfig, downsampling: int) -> list[tuple[int, int]]:
-    """Sizes (H, W) in pixels that pictures are fitted to: aspects 1:2 to 2:1, area about base².
+    """Sizes (H, W) in pixels for pictures: aspects from 1:2 to 2:1, area about base².
 
-    None is larger than the square. Sides are multiples of what the model and its autoencoder of
-    so much ``downsampling`` take, 64 px for the known geometries; where the base is small, the
-    square alone remains.
+    No size is larger than the square. A small base leaves only the square.
+
+    Args:
+        base: the model's side in pixels.
+        config: of the transformer. Sides are multiples of what it and the autoencoder take; 64
+            pixels for the known geometries.
+        downsampling: pixels of a latent position's side.
     """
     side = downsampling * config.token_multiple
     sizes = {(base, base)}
@@ -69,12 +73,22 @@ def cached_latents(
     cache: Path,
     mirror: bool = False,
 ) -> Generator[dict, None, list[np.ndarray]]:
-    """Latents of ``examples`` from the folder ``cache``, or encoded and, by process 0, kept there.
+    """Latents of examples, from a cache or encoded now. Process 0 writes them to the cache.
 
-    Each picture has the one of ``sizes`` that is nearest to its aspect, and a file, whose name
-    follows from the picture's contents, the size and ``key``, which stands for the encoder's
-    weights. Neither the time of files nor their names count. Yields a record after each batch
-    encoded; the generator's value is a list of arrays (h, w, C).
+    Args:
+        load_vae: loads the autoencoder when it is needed.
+        key: stands for the encoder's weights.
+        examples: the pictures. A picture takes the size that is nearest to its aspect.
+        sizes: (H, W) in pixels.
+        cache: folder with one file for each picture. Its name follows from the picture's contents,
+            the size and ``key``, not from file names or times.
+        mirror: encode the mirrored pictures.
+
+    Yields:
+        A record after each batch encoded.
+
+    Returns:
+        Arrays (h, w, C), one for each example.
     """
     buckets: dict[tuple[int, int], list[int]] = {}
     for i, example in enumerate(examples):
@@ -108,10 +122,19 @@ def cached_latents(
 def cached_states(
     encoders: list[TextEncoder], key: str, texts: Iterable[str], cache: Path
 ) -> Generator[dict, None, "list[CachedText]"]:
-    """States of ``texts`` by each of ``encoders``, in the folder ``cache`` as ``cached_latents``.
+    """States of texts by each encoder, in a cache like that of ``cached_latents``.
 
-    ``key`` stands for the encoders' weights and vocabularies. Yields a record after each file
-    encoded; the generator's value is a ``CachedText`` for each of ``encoders``, which may go.
+    Args:
+        encoders: may be deleted afterwards.
+        key: stands for the encoders' weights and vocabularies.
+        texts: the captions.
+        cache: folder.
+
+    Yields:
+        A record after each file encoded.
+
+    Returns:
+        A ``CachedText`` for each encoder.
     """
     texts = list(dict.fromkeys(texts))
     places: dict[str, dict[str, tuple[Path, TensorInfo]]] = {e.name: {} for e in encoders}
@@ -239,9 +262,15 @@ class LatentDataset:
         return encode_text(self.encoders, prompts)
 
     def batch(self, rng: np.random.Generator, size: int, dropout: float = 0.0):
-        """-> x0 (B, h, w, C), text, masks; each encoder is dropped with probability ``dropout``.
+        """Draw a batch from one bucket. Buckets with more pictures are drawn more often.
 
-        The bucket is drawn by its number of pictures.
+        Args:
+            rng: source of random numbers.
+            size: samples.
+            dropout: probability that an encoder's text is left out.
+
+        Returns:
+            Latents x0 (B, h, w, C), text states and masks.
         """
         rows = self.buckets[0]
         if len(self.buckets) > 1:

@@ -128,8 +128,12 @@ class ModelTeacher:
 
 
 def with_lora(model: DiT, updates: dict[str, Update]) -> DiT:
-    """A model that shares all weights with ``model``, which stays as it is, and has the updates
-    beside its layers."""
+    """A model with LoRA updates beside its layers. It shares all weights with ``model``.
+
+    Args:
+        model: stays as it is.
+        updates: {layer: update}.
+    """
     model = copy.deepcopy(model)  # arrays are not copied
     modules = dict(model.named_modules())
     dtype = model.text_embed.null.dtype
@@ -212,8 +216,19 @@ def alpha(t: mx.array) -> mx.array:
 
 
 def timestep_aware(flow: mx.array, out: mx.array, t: mx.array) -> mx.array:
-    """S of the losses (B,) at t (B,): the flow loss where training draws most timesteps, elsewhere
-    the teacher's, brought to the flow loss's size."""
+    """S of the losses [paper Eq. 6; after SnapGen].
+
+    Where training draws most timesteps it is the flow loss. Elsewhere it is the teacher's loss,
+    scaled to the size of the flow loss.
+
+    Args:
+        flow: flow loss (B,).
+        out: distance from the teacher (B,).
+        t: timesteps (B,).
+
+    Returns:
+        (B,).
+    """
     weight = alpha(t)
     ratio = mx.stop_gradient(flow / mx.maximum(out, 1e-6))
     return weight * flow + (1 - weight) * ratio * out

@@ -162,11 +162,20 @@ class ElasticTrainer:
         return {"eps": mx.random.normal(shape, key=k_noise), "t": t}, subnets
 
     def step(self, x0, text, masks, noise: dict, subnets: list[int]) -> dict[str, mx.array]:
-        """One update on latents x0 (B, H, W, C), encoder states, ``noise`` of ``draw``.
+        """One update of the full width and some narrower ones [paper 3.2].
 
-        Under ``mlx.launch`` each process gives its share of the batch; gradients are averaged.
-        ``subnets``: indices of the narrower widths trained beside the full one. Returns scalars
-        by name: the flow loss of each width trained, w and cosine per subnet, gradient norm.
+        Under ``mlx.launch`` each process gives its part of the batch, and gradients are averaged.
+
+        Args:
+            x0: latents (B, H, W, C).
+            text: {encoder: states (B, L, dim)}.
+            masks: {encoder: (B, L) bool}.
+            noise: of ``draw``.
+            subnets: indices of the narrower widths.
+
+        Returns:
+            Scalars by name: the flow loss of each width, w and cosine of each subnet, gradient
+                norm.
         """
         x_t, target = add_noise(x0, noise["eps"], noise["t"])
         n = len(x0) // self.options.accumulate

@@ -22,11 +22,21 @@ from .pictures import Example
 def draw_prior(
     model: Path, prompts: list[str], cache: Path
 ) -> Generator[dict, None, list[np.ndarray]]:
-    """Latents of the pictures that the widest variant of ``model`` draws of ``prompts``, from the
-    folder ``cache`` where they are there.
+    """Latents of pictures that a model draws, from a cache or drawn now.
 
-    Learned beside new pictures, they keep what the model knows (prior preservation [Ruiz et al.
-    2023, 4.2]). Yields a record after each drawn; the value is the list of arrays (h, w, C).
+    A model that learns them beside new pictures keeps more of what it knows (prior preservation
+    [Ruiz et al. 2023, 4.2]).
+
+    Args:
+        model: folder; its widest variant draws.
+        prompts: what to draw.
+        cache: folder.
+
+    Yields:
+        A record after each picture.
+
+    Returns:
+        Arrays (h, w, C).
     """
     pipe = Pipeline(model, load_dit_config(model).variants[-1], keep_encoders=False)
     key = fingerprint(model / "transformer", model / FEW_STEP)
@@ -58,11 +68,25 @@ def encode_data(
     flip: bool = False,
     prior: list[str] | None = None,
 ) -> Generator[dict, None, list[LatentDataset]]:
-    """A ``LatentDataset`` of each of ``parts``, encoded by the model unless ``cache`` has it.
+    """Encode pictures and captions, as far as the cache does not hold them.
 
-    The first part alone is flipped, and gets the ``draw_prior`` of the prompts ``prior``. Yields a
-    record after each batch encoded. Autoencoder and text encoders are in memory one after the
-    other, and no longer. Raises SnapGenError for a model without text encoder.
+    The autoencoder and the text encoders are in memory one after the other, and only then.
+
+    Args:
+        model: folder.
+        parts: lists of examples. Only the first part is flipped and gets the prior.
+        cache: folder.
+        flip: also encode the mirrored pictures.
+        prior: prompts for ``draw_prior``.
+
+    Yields:
+        A record after each batch encoded.
+
+    Returns:
+        A ``LatentDataset`` for each part.
+
+    Raises:
+        SnapGenError: the model has no text encoder.
     """
     text_encoders = load_text_encoders(model)
     if not text_encoders:

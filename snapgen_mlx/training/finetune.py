@@ -103,9 +103,16 @@ def finetune(
 def make_trainer(
     model: Path, options: ElasticOptions, seed: int, teacher: Teacher | None = None
 ) -> ElasticTrainer:
-    """A trainer of all weights of a model folder, in floats, or of LoRA matrices beside them.
+    """A trainer of all weights of a model folder in float32, or of LoRA matrices beside them.
 
-    Raises SnapGenError for damaged or foreign weights.
+    Args:
+        model: folder.
+        options: of the training.
+        seed: of the LoRA matrices.
+        teacher: to learn from too; None for none.
+
+    Raises:
+        SnapGenError: weights are damaged or belong to another model.
     """
     make: Callable[..., ElasticTrainer] = ElasticTrainer
     if teacher:

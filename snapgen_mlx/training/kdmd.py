@@ -189,8 +189,16 @@ class KDMDTrainer:
         return losses, grads
 
     def draw(self, rng, key: mx.array, shape: tuple) -> tuple[dict[str, mx.array], int]:
-        """A step's noise for a batch of latents of ``shape``, and k, how many of the four steps
-        are behind x_t."""
+        """The random numbers of a step.
+
+        Args:
+            rng: source of k.
+            key: of the noise.
+            shape: of a batch of latents.
+
+        Returns:
+            {name: noise}, and k: how many of the four steps are done at x_t.
+        """
         keys, noise = mx.random.split(key, 5), {}
         noise["x"] = mx.random.normal(shape, key=keys[0])
         for i, part in enumerate(("critic", "student")):
@@ -269,8 +277,17 @@ class KDMDTrainer:
         return self.watch(self, fixed)
 
     def generate(self, noise, text, masks, lora: dict | None = None) -> mx.array:
-        """Latents (B, H, W, C) of four steps from ``noise``: the averaged student's, or those with
-        the matrices ``lora``."""
+        """Draw in four steps.
+
+        Args:
+            noise: (B, H, W, C).
+            text: {encoder: states (B, L, dim)}.
+            masks: {encoder: (B, L) bool}.
+            lora: matrices of the student; None for the averaged ones.
+
+        Returns:
+            Latents (B, H, W, C).
+        """
         x, lora = noise, lora or self.student.mean
         t = [mx.full(len(x), sigma) for sigma in SIGMAS]
         for now, to in pairwise(t):

@@ -75,15 +75,28 @@ def train(
     validation: LatentDataset | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Make the steps of ``trainer``; yields a record every ``log_every`` steps and validation.
+    """Make the steps of a trainer.
 
-    Resumes from the newest whole state in ``run``; all randomness of a step follows from (seed,
-    step), so a resumed run repeats an uninterrupted one. The last record has ``done``, False when
-    ``minutes`` ran out or ``stop``, asked after each step, said so (``stopped``). All but a last
-    one that is early go to ``run/log.jsonl``, which is thus the same however often a run was
-    interrupted. Validation uses the averaged weights on fixed noise. Raises SnapGenError when the
-    state in ``run`` is of other data or options, when it cannot be written, or when the loss is
-    no number any more, and while another process trains in ``run``.
+    A run resumes from the newest whole state in ``run``. All random numbers of a step follow from
+    (seed, step), so a resumed run repeats one without a stop. Validation uses the averaged weights
+    on fixed noise.
+
+    Args:
+        trainer: makes the steps.
+        data: what it learns from.
+        run: folder of the state and log.jsonl. The log is the same however often the run was
+            stopped; only a last record that comes early does not go there.
+        options: of the run.
+        validation: held-out data.
+        stop: asked after each step; True ends the run.
+
+    Yields:
+        A record every ``log_every`` steps and after each validation. The last one has ``done``:
+        False if ``minutes`` are over, or if ``stop`` said so (``stopped``).
+
+    Raises:
+        SnapGenError: the state is of other data or options or cannot be written, the loss became
+            NaN, or another process trains in ``run``.
     """
     with locked(run) if mx.distributed.init().rank() == 0 else nullcontext():
         yield from _train(trainer, data, Path(run), options, validation, stop)

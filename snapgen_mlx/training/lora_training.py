@@ -29,10 +29,18 @@ LAYERS = ("to_q", "to_k", "to_v", "to_out", "fc1", "fc2")
 
 
 def lora_params(config: DiTConfig, rank: int, seed: int = 0) -> dict[str, mx.array]:
-    """Fresh flat {LAYER.lora_a: (rank, in), LAYER.lora_b: (out, rank)} of a supernet, float32.
+    """Fresh LoRA matrices of a supernet, float32.
 
-    The layers are those of attention, cross-attention and feed-forward in all blocks. B is zero:
-    the model with them is the model without.
+    The layers are those of attention, cross-attention and feed-forward in all blocks. B is zero, so
+    the model starts unchanged.
+
+    Args:
+        config: of the supernet.
+        rank: of the matrices.
+        seed: of A.
+
+    Returns:
+        {LAYER.lora_a: (rank, in), LAYER.lora_b: (out, rank)}.
     """
     weights = random_supernet(config).items()  # never evaluated
     params, key = {}, mx.random.key(seed)

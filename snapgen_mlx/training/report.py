@@ -65,10 +65,16 @@ class Report:
             self._write(self._draw(trainer, trainer.weights.mean), f"step-{step:06d}.png")
 
     def picture_change(self, trainer: ElasticTrainer, before: dict) -> dict[str, float]:
-        """Mean difference, in levels of 255, of each width's samples to those of the flat
-        parameters ``before``.
+        """Compare each width's sample pictures with those of earlier parameters.
 
-        Writes both as ``samples/before-after.png``. Empty without a prompt.
+        Writes both as ``samples/before-after.png``.
+
+        Args:
+            trainer: draws with its averaged weights.
+            before: flat parameters.
+
+        Returns:
+            {width: mean difference in levels of 255}; empty without a prompt.
         """
         if not self.prompts:
             return {}
@@ -121,9 +127,11 @@ def can_plot() -> bool:
 
 
 def plot_losses(log, path) -> None:
-    """Draw a log's losses and validation losses of each width against the step, to a PNG.
+    """Draw the losses and validation losses of each width to a PNG. Needs matplotlib.
 
-    Needs matplotlib. Does nothing while no loss is logged.
+    Args:
+        log: log.jsonl; without a loss in it, nothing is drawn.
+        path: of the PNG.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

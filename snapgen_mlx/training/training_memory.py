@@ -89,8 +89,15 @@ class TrainingMemory:
         return self.state(options) + gradients + max(*passes, int(UPDATE * trained))
 
     def activations(self, config: DiTConfig, checkpoint: bool) -> int:
-        """Bytes of one width's forward and backward pass on one picture: 32 vectors a token and
-        1.7 times the attention scores, which are not fused under gradients, in every block."""
+        """Bytes of one width's forward and backward pass on one picture.
+
+        In every block these are 32 vectors for each token and 1.7 times the attention scores, which
+        are not fused under gradients.
+
+        Args:
+            config: of the width.
+            checkpoint: whether blocks are computed twice.
+        """
         h, w = self.size
         tokens, d = h * w // config.patch_size**2, config.hidden_size
         blocks, inputs = [], 0
@@ -125,9 +132,16 @@ class TrainingMemory:
         )
 
     def alternatives(self, options: Options, batch: int) -> Iterator[tuple[str, Options]]:
-        """(flags, options) of the same training in less memory, the mildest first.
+        """The same training in less memory, with the smallest change first.
 
-        A batch goes through in as few parts as fit into memory, or one picture at a time.
+        A batch is computed in as few parts as fit into memory, or one picture at a time.
+
+        Args:
+            options: of the training.
+            batch: pictures in a step.
+
+        Yields:
+            (flags of the command, options).
         """
         usable = usable_memory()
         for lora in dict.fromkeys((options.lora, options.lora or 16)):
