@@ -1,6 +1,7 @@
 """Whether a machine is fit to draw: one finding each, with what to do about it."""
 
 import platform
+import re
 import shutil
 import sys
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from .device import device_name, usable_memory
-from .errors import SnapGenError, format_bytes
+from .errors import SnapGenError, format_bytes, name_first
+from .files import file_sha256
 from .pipeline import Pipeline
 from .sampling import last_step
 
@@ -41,14 +43,15 @@ def matmul_speed(n: int = 1024) -> float:
 
 
 def examine(model=None) -> list[Finding]:
-    """Look at Python, device, speed, memory, disk, and a model (None: the embedded one), which is
-    read whole and draws one step."""
+    """Look at Python, device, speed, memory, disk, the Hub's cache, and a model (None: the embedded
+    one), which is read whole and draws one step."""
     findings = [
         Finding("python", f"{platform.python_version()} on {platform.platform()}"),
         Finding("mlx", f"{version('mlx')} on {device_name()}"),
         _speed(),
         _room("memory", usable_memory(), "close other programs, or use --low-ram"),
         _room("disk", shutil.disk_usage(Path.home()).free, "make room in your home folder"),
+        _cache(),
     ]
     return [*findings, _model(model)]
 
@@ -64,13 +67,45 @@ def _room(name: str, free: int, advice: str) -> Finding:
     return Finding(name, f"{format_bytes(free)} can be used", None if free > FEW_BYTES else advice)
 
 
+def _cache() -> Finding:
+    """What was downloaded from the Hub."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    place = constants.HF_HUB_CACHE
+    try:
+        cache = scan_cache_dir(place)
+    except CacheNotFound:
+        return Finding("cache", f"nothing was downloaded yet to {place}")
+    found = f"{len(cache.repos)} repositories, {format_bytes(cache.size_on_disk)} in {place}"
+    if cache.warnings:
+        first = " ".join(str(cache.warnings[0]).split())
+        return Finding("cache", found, f"{len(cache.warnings)} are damaged; delete them: {first}")
+    return Finding("cache", found)
+
+
+def damaged_files(folder) -> list[Path]:
+    """Files of a model that are not what was downloaded: in the Hub's cache the weights are stored
+    under their SHA-256."""
+    return [
+        file
+        for file in sorted(Path(folder).rglob("*"))
+        if re.fullmatch("[0-9a-f]{64}", stored := file.resolve().name)
+        and file_sha256(file) != stored
+    ]
+
+
 def _model(model) -> Finding:
     name = model or "embedded model"
     try:
         pipe = Pipeline.load(model)
+        if damaged := damaged_files(pipe.folder):
+            names = name_first(str(file) for file in damaged)
+            return Finding(name, f"not as it was downloaded: {names}", "delete it and run again")
         began = time.perf_counter()
         settings = pipe.settings("a cat", steps=1)
         pipe.decode(last_step(pipe.stream(settings)).x)
     except SnapGenError as e:
         return Finding(name, "does not draw", str(e))
-    return Finding(name, f"draws: one step at {pipe.variant} {time.perf_counter() - began:.1f} s")
+    seconds = time.perf_counter() - began
+    found = f"draws: one step at {pipe.variant} {seconds:.1f} s; digest {pipe.digests['model']}"
+    return Finding(name, found)
