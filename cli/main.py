@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Turn a PyTorch checkpoint into an MLX model.",
     "quantize": "Quantize a model, with more bits for sensitive layers.",
     "export": "Write an MLX model back as a PyTorch checkpoint.",
+    "push": "Upload a model to the Hub, with a card.",
     "slice": "Write one width of a model as a model of its own.",
     "init": "Write a model with random weights, for tests and benchmarks.",
     "finetune": "Train all widths of a model on your own pictures.",

@@ -1,5 +1,6 @@
 """A Hub on loopback that speaks as much of huggingface_hub's protocol as downloads need."""
 
+import base64
 import hashlib
 import json
 import re
@@ -15,11 +16,13 @@ class FakeHub:
 
     Trouble: ``gated`` (needs ``token``), ``cut`` {file name: bytes after which the connection
     drops, once}, ``hang`` (base names that stop halfway, or "api"), ``status`` {file name: code}.
-    ``requests`` lists what was asked: (method, path, Range).
+    ``requests`` lists what was asked: (method, path, Range). What is pushed with ``token`` lands in
+    ``pushed``: {"org/name": {path: bytes}}, and ``private`` names the repositories made so.
     """
 
     def __init__(self):
         self.repos, self.requests = {}, []
+        self.pushed, self.private, self.stored = {}, set(), {}
         self.gated, self.token = set(), "hf_good"
         self.cut, self.hang, self.status = {}, set(), {}
         self.released = threading.Event()
@@ -57,6 +60,62 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer()
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.stored[hashlib.sha256(body).hexdigest()] = body
+        self.send_json({})
+
+    def do_POST(self):
+        hub, path = self.hub, self.path.split("?")[0]
+        hub.requests.append((self.command, path, None))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path == "/api/validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.fail(403)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            hub.pushed.setdefault(repo, {})
+            if asked.get("private") or asked.get("visibility") == "private":
+                hub.private.add(repo)
+            return self.send_json({"url": f"{hub.url}/{repo}"})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [
+                {
+                    "path": name,
+                    "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for name in names
+            ]
+            return self.send_json({"files": modes})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{hub.url}/store/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.send_json({"transfer": "basic", "objects": objects})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            for line in body.splitlines():
+                record = json.loads(line)
+                value = record["value"]
+                if record["key"] == "file":
+                    hub.pushed[match[1]][value["path"]] = base64.b64decode(value["content"])
+                elif record["key"] == "lfsFile":
+                    hub.pushed[match[1]][value["path"]] = hub.stored[value["oid"]]
+            url = f"{hub.url}/{match[1]}/commit/{COMMIT}"
+            return self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+        return self.fail(404)
 
     def fail(self, status, code=None, message="no"):
         self.send_response(status)
