@@ -24,12 +24,12 @@ from snapgen_mlx.files import write_json
 from snapgen_mlx.hub import resolve_model
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.sampling import FEW_STEPS
-from snapgen_mlx.training.distill import load_teacher
 from snapgen_mlx.training.few_steps import distill_few_steps
 from snapgen_mlx.training.kdmd import KDMDOptions
 from snapgen_mlx.training.loop import RunOptions
 from snapgen_mlx.training.output import LORA
 from snapgen_mlx.training.pictures import read_folder
+from snapgen_mlx.training.teacher import load_teacher
 
 from .few_steps import Evaluation
 

@@ -1,5 +1,7 @@
 """``snapgen-mlx distill``: follow a teacher, or learn to draw in four steps."""
 
+from pathlib import Path
+
 import click
 from click.core import ParameterSource
 
@@ -22,14 +24,14 @@ from .arguments import (
 )
 from .training_run import explanation, follow
 
-OF_KD = ("validation", "subnets")
+OF_KD = ("validation", "subnets", "teacher_cache")
 OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
 DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 
 
 @click.command()
 @model_argument
-@click.argument("data", type=click.Path(file_okay=False))
+@click.argument("data", type=click.Path())
 @output_option
 @click.option(
     "--method",
@@ -39,6 +41,16 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 )
 @click.option(
     "--teacher", help="Model folder or Hub id. Its full width is the teacher  [default: MODEL]."
+)
+@click.option(
+    "--offload",
+    is_flag=True,
+    help="Hold the teacher's weights only while it is asked: less memory, more time.",
+)
+@click.option(
+    "--teacher-cache",
+    type=click.Path(file_okay=False),
+    help="kd: a folder that keeps the teacher's answers for other runs on the same data.",
 )
 @data_options
 @training_options
@@ -86,6 +98,7 @@ def distill(
     output,
     method,
     teacher,
+    teacher_cache,
     caption,
     skip_bad,
     minutes,
@@ -102,7 +115,9 @@ def distill(
 ):
     """Train MODEL to follow a teacher, on the captions and pictures in DATA.
 
-    MODEL is a folder, a Hub id, or nothing for the embedded model. DATA is as for finetune.
+    MODEL is a folder, a Hub id, or nothing for the embedded model. DATA is as for finetune. For
+    kdmd it may also be a text file with one prompt in each line. The teacher is any model with the
+    same autoencoder, also Qwen-Image.
 
     kd trains all widths of MODEL and writes a model to OUTPUT. kdmd trains a LoRA,
     OUTPUT/lora.safetensors, with which one width of MODEL draws in four steps without guidance.
@@ -115,15 +130,22 @@ def distill(
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
+    prompts_only = Path(data).is_file()
+    if prompts_only and (method == "kd" or given["noised_real"]):
+        what = "--method kd" if method == "kd" else "--noised-real"
+        raise click.UsageError(f"{what} learns from pictures, and {data} is a file; name a folder")
     from snapgen_mlx.device import training_dtype
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.loading import load_dit
-    from snapgen_mlx.training.distill import KDOptions, load_teacher
+    from snapgen_mlx.prompts import read_prompts
+    from snapgen_mlx.training.distill import KDOptions
     from snapgen_mlx.training.few_steps import distill_few_steps, few_steps_memory
     from snapgen_mlx.training.finetune import finetune
     from snapgen_mlx.training.kdmd import KDMDOptions
     from snapgen_mlx.training.loop import RunOptions
     from snapgen_mlx.training.optimizer import AdamOptions
+    from snapgen_mlx.training.teacher import Teacher, load_teacher
+    from snapgen_mlx.training.teacher_cache import CachedTeacher
     from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
@@ -140,12 +162,13 @@ def distill(
     def source_and_teacher():
         source = resolve_model(model)
         folder = resolve_model(teacher) if teacher else source
-        return source, load_teacher(folder, source, few_step_lora)
+        taught: Teacher = load_teacher(folder, source, few_step_lora, options.offload)
+        return source, CachedTeacher(taught, teacher_cache) if teacher_cache else taught
 
     if explain:
         source, taught = source_and_teacher()
         if isinstance(options, KDOptions):
-            memory = TrainingMemory.from_model(source, taught.nbytes)
+            memory = TrainingMemory.from_model(source, taught.memory)
         else:
             rank = KDMDOptions.lora if options.lora is None else options.lora
             memory = few_steps_memory(
@@ -155,7 +178,7 @@ def distill(
         return
 
     def start(stop):
-        examples = read_pictures(data, caption, skip_bad, echo)
+        examples = [] if prompts_only else read_pictures(data, caption, skip_bad, echo)
         held_out = validation and read_pictures(validation, caption, skip_bad, echo)
         source, taught = source_and_teacher()
         if isinstance(options, KDOptions):
@@ -163,10 +186,9 @@ def distill(
                 source, examples, output, run, options, held_out, stop=stop, teacher=taught
             )
         assert isinstance(options, KDMDOptions)
+        texts = read_prompts(data) if prompts_only else examples
         run.text_dropout = 0.0  # without guidance the empty text is never asked for
-        return distill_few_steps(
-            source, variant, taught, examples, output, run, options, fuse, stop
-        )
+        return distill_few_steps(source, variant, taught, texts, output, run, options, fuse, stop)
 
     follow(start, options.steps, run, echo)
     echo(f"wrote {output}")

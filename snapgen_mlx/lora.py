@@ -146,10 +146,11 @@ def _match(file: LoRAFile, shapes: dict) -> tuple[dict[str, Update], list[str]]:
             unfit.append(name)
             continue
         factor = file.strength.scale(name, rank, alpha)
-        update = Update(a.astype(mx.float32), b.astype(mx.float32) * factor)
-        if not mx.all(mx.stack([mx.isfinite(m).all() for m in update])).item():
+        # As stored: a large file is not to be held in float32 too.
+        finite = mx.all(mx.stack([mx.isfinite(m).all() for m in (a, b)]))
+        if not (math.isfinite(factor) and finite.item()):
             raise SnapGenError(f"{file.path}: {name} holds NaN or infinity; train it again")
-        updates[path] = update
+        updates[path] = Update(a.astype(mx.float32), b.astype(mx.float32) * factor)
     return updates, unfit
 
 

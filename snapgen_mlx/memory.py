@@ -17,7 +17,7 @@ from .errors import UsageError, format_bytes
 from .loading import load_transformer, load_transformer_config
 from .models.dit import DiT
 from .models.interfaces import Autoencoder, TextEncoder
-from .models.qwen_image import TOKENS, QwenImage
+from .models.qwen_image import GROUP, TOKENS, QwenImage
 from .models.sizes import parameter_count
 from .tensors.palette import SUFFIX as PALETTE
 from .tensors.safetensors_io import NAMES
@@ -223,6 +223,21 @@ def denoising_floats(
         stages.append(layers and 19 * n * d + config.num_heads * scores)
     text = text_tokens * (2 * sum(config.layers) * d + 2 * config.caption_dim)
     return batch * (max(stages) + text)
+
+
+def streamed_bytes(model: QwenImage) -> int:
+    """Bytes of weights that are in memory at once where ``model`` reads each once: of a group of
+    blocks, modulation apart from the rest, and of what stands around the blocks."""
+    around = 0
+    parts: dict[tuple[int, bool], int] = {}
+    for path, a in flat_parameters(model).items():
+        names = path.split(".")
+        if names[0] != "transformer_blocks":
+            around += a.nbytes
+            continue
+        key = int(names[1]) // GROUP, names[2].endswith("_mod")
+        parts[key] = parts.get(key, 0) + a.nbytes
+    return around + max(parts.values())
 
 
 def _mmdit_floats(

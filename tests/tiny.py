@@ -14,8 +14,8 @@ from snapgen_mlx.tensors.weights import save_tensors
 WORDS = [UNKNOWN, "a", "smiling", "cat", "dog", "red", "happy", "kitty"]
 
 
-def tiny_config() -> DiTConfig:
-    return DiTConfig(
+def tiny_config(**changes) -> DiTConfig:
+    sizes = dict(
         hidden_size=64,
         head_dim=8,
         num_heads=8,
@@ -27,12 +27,13 @@ def tiny_config() -> DiTConfig:
         ffn_ratio=[2, 2, 2],
         bna_blocks=4,
     )
+    return DiTConfig(**sizes | changes)
 
 
-def write_tiny_model(folder, seed: int = 0):
+def write_tiny_model(folder, seed: int = 0, **changes):
     """Write the folder and return it; every weight of the output layer is random, not zero."""
     mx.random.seed(seed)
-    config = tiny_config()
+    config = tiny_config(**changes)
     sampling = {"steps": 3, "guidance": 2.0, "shift": 3.0, "size": 64}
     write_json(folder / "config.json", {**FORMAT, "sampling": sampling})
     params = random_supernet(config)

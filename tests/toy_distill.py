@@ -14,10 +14,10 @@ from snapgen_mlx.lora import Update
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.training.data import LatentDataset
-from snapgen_mlx.training.distill import ModelTeacher
 from snapgen_mlx.training.kdmd import KDMDOptions, KDMDTrainer
 from snapgen_mlx.training.loop import train
 from snapgen_mlx.training.lora_training import SCALE, attach_lora, lora_params
+from snapgen_mlx.training.teacher import ModelTeacher
 from snapgen_mlx.training.watch import SEEDS, Watch
 
 from .toy import PROMPTS, toy_config, toy_data, toy_options, toy_params, toy_trainer

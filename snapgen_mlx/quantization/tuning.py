@@ -24,10 +24,10 @@ from ..tensors.safetensors_io import load_arrays, read_header, save_arrays
 from ..tensors.weights import weight_files
 from ..training.checkpoint import fingerprint
 from ..training.data import LatentDataset, cached_states
-from ..training.distill import velocity_and_tokens
 from ..training.elastic_trainer import ElasticOptions, ElasticTrainer
 from ..training.encoding import draw_prior
 from ..training.loop import LOG, RunOptions, train
+from ..training.teacher import velocity_and_tokens
 from ..training.training_memory import TrainingMemory
 from .calibration import load_widths
 

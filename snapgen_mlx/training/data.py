@@ -287,3 +287,17 @@ class LatentDataset:
             turned = rng.integers(2, size=size)
             x0 = [self.mirrored[i] if m else a for i, m, a in zip(rows, turned, x0, strict=True)]
         return mx.array(np.stack(x0)), text, masks
+
+
+class PromptDataset(LatentDataset):
+    """Prompts alone; a batch's latents, all zero, tell their shape (h, w, C) only."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], prompts: list[str], encoders: Sequence[TextStates]
+    ):
+        nothing = np.broadcast_to(np.float32(0), shape)
+        super().__init__([nothing] * len(prompts), [[p] for p in prompts], encoders)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([self.latents[0].shape, self.captions])

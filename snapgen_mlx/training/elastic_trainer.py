@@ -20,6 +20,7 @@ from ..device import training_dtype
 from ..models.dit import DiT
 from ..models.elastic import bank_index, empty_models, scatter_add, slice_flat
 from .flow_matching import add_noise, sample_timesteps, validation_loss
+from .loop import Inputs
 from .optimizer import AdamOptions, Averaged, add_arrays, global_norm, mean_over_processes
 
 RATIO_EMA = 0.99
@@ -75,6 +76,8 @@ class ElasticTrainer:
         self._grads = [compiled(partial(self._loss_and_grads, i)) for i in range(self.full + 1)]
         self._merges = [mx.compile(partial(self._merge, i)) for i in range(self.full)]
 
+    ahead = 1
+
     def bind(self, index: int, params: dict[str, mx.array]) -> DiT:
         """The model of one width with these supernet parameters."""
         return self._bind(index, slice_flat(params, self.config, index))
@@ -95,8 +98,9 @@ class ElasticTrainer:
         """What a width minimises, the losses to be reported, and its velocity.
 
         Args: own, its parameters by its model's paths; batch (x_t, t, text, masks); target, the
-            velocity (B, H, W, C); guide, {name: (B, ...)} of ``guides`` and, for a narrower
-            width, "v_full", the full one's velocity.
+            velocity (B, H, W, C); guide, {name: (B, ...)}, what else a step's noise holds,
+            such as a teacher's answers, and, for a narrower width, "v_full", the full one's
+            velocity.
         """
         v = self._bind(index, own)(*batch).astype(mx.float32)
         loss = flow = (v - target).square().mean()
@@ -104,9 +108,8 @@ class ElasticTrainer:
             loss = loss + self.options.distill * (v - guide["v_full"]).square().mean()
         return loss, {"loss": flow}, v
 
-    def guides(self, x_t, t, text, masks) -> dict[str, mx.array]:
-        """What else the objectives of a micro-batch need, such as a teacher's outputs."""
-        return {}
+    def look_ahead(self, inputs: list[Inputs]) -> list[Inputs]:
+        return inputs
 
     def _loss_and_grads(self, index, params, batch, target, guide):
         """Losses, velocity and gradients of one width; the gradients have the variant's shapes."""
@@ -183,7 +186,8 @@ class ElasticTrainer:
         for i in range(0, len(x0), n):
             cut = [{k: a[i : i + n] for k, a in d.items()} for d in (text, masks)]
             parts.append(((x_t[i : i + n], noise["t"][i : i + n], *cut), target[i : i + n]))
-        guides = [self.guides(*batch) for batch, _ in parts]
+        more = {k: a for k, a in noise.items() if k not in ("eps", "t")}
+        guides = [{k: a[i : i + n] for k, a in more.items()} for i in range(0, len(x0), n)]
         names = self.config.variants
         losses, grads, v_full = self._pass(self.full, parts, guides)
         metrics = {f"{k}/{names[self.full]}": a for k, a in losses.items()}

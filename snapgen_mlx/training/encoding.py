@@ -11,11 +11,20 @@ from ..errors import SnapGenError
 from ..files import atomic_write
 from ..layout import FEW_STEP, TEXT_FOLDERS, load_config, picture_size
 from ..loading import load_dit_config, load_vae, load_vae_config
+from ..models.interfaces import TextEncoder
 from ..pipeline import Pipeline
 from ..sampling import last_step
 from ..text_loading import load_text_encoders
 from .checkpoint import fingerprint
-from .data import LatentDataset, bucket_sizes, cached_latents, cached_states, digest
+from .data import (
+    CachedText,
+    LatentDataset,
+    PromptDataset,
+    bucket_sizes,
+    cached_latents,
+    cached_states,
+    digest,
+)
 from .pictures import Example
 
 
@@ -88,9 +97,7 @@ def encode_data(
     Raises:
         SnapGenError: the model has no text encoder.
     """
-    text_encoders = load_text_encoders(model)
-    if not text_encoders:
-        raise SnapGenError(f"{model} has no text encoder, so captions cannot be learned")
+    text_encoders = own_encoders(model)
     size, pixels = picture_size(load_config(model)), load_vae_config(model).downsampling
     sizes = bucket_sizes(size, load_dit_config(model), pixels)
     vae, key = functools.cache(functools.partial(load_vae, model)), fingerprint(model / "vae")
@@ -109,16 +116,40 @@ def encode_data(
             mirrored[0] = [*mirrored[0], *drawn]
     mx.clear_cache()
 
-    key = fingerprint(*(model / name for name in TEXT_FOLDERS))
     captions = [[e.captions for e in part] for part in parts]
     captions[0] += [[prompt] for prompt in prior]
     texts = [text for part in captions for of_picture in part for text in of_picture]
-    encoders = yield from cached_states(text_encoders, key, texts, cache)
-    del text_encoders
-    mx.clear_cache()
-    if not any(encoder.length(text) for encoder in encoders for text in texts):
-        raise SnapGenError(f"the captions have no word that {model} knows; write other ones")
+    encoders = yield from encode_texts(model, text_encoders, texts, cache)
     return [
         LatentDataset(x0, texts, encoders, turned)
         for x0, texts, turned in zip(latents, captions, mirrored, strict=True)
     ]
+
+
+def encode_prompts(
+    model: Path, prompts: list[str], cache: Path
+) -> Generator[dict, None, PromptDataset]:
+    """A data set of prompts alone, for pictures of the model's own size; see ``encode_data``."""
+    encoders = yield from encode_texts(model, own_encoders(model), prompts, cache)
+    side = picture_size(load_config(model)) // load_vae_config(model).downsampling
+    return PromptDataset((side, side, load_dit_config(model).in_channels), prompts, encoders)
+
+
+def own_encoders(model: Path) -> list[TextEncoder]:
+    encoders = load_text_encoders(model)
+    if not encoders:
+        raise SnapGenError(f"{model} has no text encoder, so captions cannot be learned")
+    return encoders
+
+
+def encode_texts(
+    model: Path, encoders: list[TextEncoder], texts: list[str], cache: Path
+) -> Generator[dict, None, list[CachedText]]:
+    """States of ``texts`` by the model's ``encoders``, which are let go of."""
+    key = fingerprint(*(model / name for name in TEXT_FOLDERS))
+    found = yield from cached_states(encoders, key, texts, cache)
+    encoders.clear()
+    mx.clear_cache()
+    if not any(encoder.length(text) for encoder in found for text in texts):
+        raise SnapGenError(f"the captions have no word that {model} knows; write other ones")
+    return found

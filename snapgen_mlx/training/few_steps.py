@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..device import training_dtype
+from ..errors import UsageError
 from ..loading import load_dit, load_float_supernet, load_vae
 from ..lora import fuse_lora, load_lora
 from ..models.dit import DiT
@@ -15,14 +16,14 @@ from ..models.sizes import weight_bytes
 from ..sampling import FEW_STEPS
 from .checkpoint import fingerprint
 from .data import LatentDataset
-from .distill import Teacher, teach
-from .encoding import encode_data
+from .encoding import encode_data, encode_prompts
 from .kdmd import KDMDOptions, KDMDTrainer
 from .loop import LOG, RunOptions, check_batch, train
 from .lora_training import about_training, attach_lora, lora_change, lora_params, save_lora
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
 from .report import can_plot, plot_losses
+from .teacher import Teacher, teach
 from .training_memory import TrainingMemory
 from .watch import SEEDS, Watch
 
@@ -33,7 +34,7 @@ def distill_few_steps(
     model,
     variant: str | None,
     teacher: Teacher,
-    examples: list[Example],
+    source: list[Example] | list[str],
     output,
     options: RunOptions,
     kdmd: KDMDOptions,
@@ -43,7 +44,8 @@ def distill_few_steps(
     """Distil a width of ``model``, the widest when None, into four unguided steps.
 
     Yields the records of ``loop.train``; those before and after are as ``finetune``'s. Captions
-    come from ``examples``; their pictures count with ``noised_real`` alone. Writes
+    come from ``source``, pictures with captions or prompts alone; the pictures count with
+    ``noised_real`` only, which needs them. Writes
     ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
     unless ``stop`` ended the run. The run's state lies in ``output/run``, with the pictures of
     ``Watch`` in its grids. Raises SnapGenError for a run that fails.
@@ -56,7 +58,13 @@ def distill_few_steps(
     variant = dit.config.variants[0]
     few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
     attach_lora(dit, lora_params(dit.config, kdmd.lora))
-    (data,) = yield from encode_data(model, [examples], output / "cache")
+    if prompts := [text for text in source if isinstance(text, str)]:
+        if kdmd.noised_real:
+            raise UsageError("prompts alone have no pictures to start from; leave out noised_real")
+        data: LatentDataset = yield from encode_prompts(model, prompts, output / "cache")
+    else:
+        examples = [e for e in source if isinstance(e, Example)]
+        (data,) = yield from encode_data(model, [examples], output / "cache")
     sets = yield from teach(teacher, [data, to_watch(data)], output / "cache")
     run = output / "run"
     prints = {"base": fingerprint(model / "transformer"), "teacher": teacher.fingerprint}
@@ -86,8 +94,9 @@ def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> Trai
     """Predicts what distilling one width of a model folder needs."""
     # The critic: its LoRA in float32, Adam's two moments and gradients.
     critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
-    memory = TrainingMemory.from_model(model, teacher.nbytes + critic)
-    return replace(memory, config=dit.config, frozen=weight_bytes(dit))
+    memory = TrainingMemory.from_model(model, teacher.memory)
+    frozen = weight_bytes(dit)
+    return replace(memory, config=dit.config, frozen=frozen, beside=critic, guided=True)
 
 
 def to_watch(data: LatentDataset) -> LatentDataset:

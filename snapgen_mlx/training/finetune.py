@@ -13,7 +13,7 @@ from ..loading import load_dit, load_dit_config, load_float_supernet
 from ..models.elastic import empty_models, slice_flat
 from ..tensors.weights import assign
 from .checkpoint import fingerprint
-from .distill import KDTrainer, Teacher, teach, without_projectors
+from .distill import KDTrainer, without_projectors
 from .elastic_trainer import ElasticOptions, ElasticTrainer
 from .encoding import encode_data
 from .flow_matching import training_shift
@@ -23,6 +23,7 @@ from .optimizer import global_norm
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
 from .report import Report
+from .teacher import Teacher, teach
 from .training_memory import TrainingMemory
 
 
@@ -40,7 +41,7 @@ def finetune(
 ) -> Iterator[dict]:
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
-    ``teacher``, such as ``distill.load_teacher`` gives, is learned from too, with ``KDOptions``.
+    ``teacher``, such as ``teacher.load_teacher`` gives, is learned from too, with ``KDOptions``.
 
     Before them come records of pictures and captions encoded (``encode_data``), after them
     ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
@@ -54,11 +55,13 @@ def finetune(
     check_output(model, output)
     check_batch(options, elastic)
     processes = mx.distributed.init().size()
-    memory = TrainingMemory.from_model(model, teacher.nbytes if teacher else 0)
-    memory.check(elastic, -(-options.batch // processes))
+    memory = TrainingMemory.from_model(model, teacher.memory if teacher else None)
+    own_batch = -(-options.batch // processes)
+    memory.check(elastic, own_batch)
     size = picture_size(load_config(model))
     elastic = replace(elastic, shift=training_shift(size))
     trainer = make_trainer(model, elastic, options.seed, teacher)
+    trainer.ahead = memory.ahead(elastic, own_batch)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
     if teacher:

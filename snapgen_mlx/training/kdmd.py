@@ -16,18 +16,12 @@ from mlx.utils import tree_unflatten
 from ..device import scalar, training_dtype
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
-from .distill import (
-    PROJECTOR,
-    Teacher,
-    feature_loss,
-    projector,
-    projector_of,
-    velocity_and_tokens,
-    without_projectors,
-)
+from .distill import PROJECTOR, feature_loss, projector, projector_of, without_projectors
 from .flow_matching import add_noise
+from .loop import Inputs
 from .lora_training import lora_params
 from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
+from .teacher import Teacher, velocity_and_tokens
 
 SHIFT = FEW_STEPS["shift"]
 SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
@@ -88,7 +82,7 @@ class LoRAWeights(Averaged):
 class KDMDTrainer:
     """Trains the LoRAs of student and critic beside ``model``, one width with LoRA layers.
 
-    Args: teacher, see ``distill.Teacher``; fingerprints, what a saved
+    Args: teacher, see ``teacher.Teacher``; fingerprints, what a saved
         state belongs to, by "base" and "teacher"; watch, called by ``validate``.
     """
 
@@ -122,10 +116,13 @@ class KDMDTrainer:
         # A compiled graph runs in its own order, which forgoes what checkpointing saves.
         compiled = (lambda f: f) if o.checkpoint else mx.compile
         self._jump = mx.compile(self._jump_fn)
-        self._scores = mx.compile(self._scores_fn)
-        self._targets = mx.compile(self._targets_fn)
         self._student_grads = compiled(self._student_grads_fn)
         self._critic_grads = compiled(self._critic_grads_fn)
+
+    ahead = 1  # what the teacher is asked depends on the student of the step
+
+    def look_ahead(self, inputs: list[Inputs]) -> list[Inputs]:
+        return inputs
 
     def bind(self, params: dict[str, mx.array]) -> DiT:
         """The model with these LoRA matrices."""
@@ -138,26 +135,8 @@ class KDMDTrainer:
         v = self.bind(params)(x, t, text, masks).astype(mx.float32)
         return x + (to - t)[:, None, None, None] * v
 
-    def _scores_fn(self, critic, y, noise, text, masks):
-        """What critic and guided teacher predict, c0 and r0, from a noised y (B, H, W, C)."""
-        tau = noise["tau"]
-        x_tau, _ = add_noise(y, noise["eps"], tau)
-        velocities = (
-            self.bind(critic)(x_tau, tau, text, masks).astype(mx.float32),
-            self.teacher.velocity(x_tau, tau, text, masks, self.options.guidance),
-        )
-        c0, r0 = (x_tau - tau[:, None, None, None] * v for v in velocities)
-        return {"c0": c0, "r0": r0}
-
-    def _targets_fn(self, x_t, t, text, masks):
-        """The velocities and tokens that hold the student on course."""
-        few = self.teacher.is_few_step
-        guidance = 1.0 if few else self.options.guidance
-        v, tokens = self.teacher.outputs(x_t, t, text, masks, guidance, few)
-        return {"v": v, "tokens": tokens}
-
     def _student_grads_fn(self, student, guide, x_t, t, text, masks):
-        """Losses, monitors and gradients; ``guide`` is of ``_scores`` and ``_targets``."""
+        """Losses, monitors and gradients; ``guide`` is of ``_ask``, with c0."""
 
         def loss(own):
             v, tokens = velocity_and_tokens(self.bind(own), x_t, t, text, masks)
@@ -215,13 +194,22 @@ class KDMDTrainer:
         turn = (scalar(self.steps) + 1) % self.turns == 0
         parts = self.options.accumulate
         n = len(x0) // parts
+        rows = [(i, i + n) for i in range(0, len(x0), n)]
+        # The teacher is asked about the whole batch: an offloaded one reads its weights each time.
+        drawn = []
+        for row in rows:
+            own = (take_rows(d, *row) for d in (text, masks, noise))
+            drawn.append(self._drawn(x0[slice(*row)], *own, k=k))
+            mx.eval(drawn[-1])
+        made = {name: mx.concatenate([d[name] for d in drawn]) for name in drawn[0]}
+        guide = self._ask(made, text, masks, noise, k) if turn else {}
         metrics: dict[str, mx.array] = {}
         of_student: dict[str, mx.array] = {}  # gradients
         of_critic: dict[str, mx.array] = {}
         losses: list[mx.array] = []
-        for i in range(0, len(x0), n):
-            part = (take_rows(d, i, i + n) for d in (text, masks, noise))
-            student, critic = self._pass(x0[i : i + n], *part, k=k, turn=turn)
+        for row in rows:
+            part = (take_rows(d, *row) for d in (made, guide, text, masks, noise))
+            student, critic = self._pass(*part, k=k)
             if student:
                 metrics = add_arrays(metrics, student[0]) if metrics else student[0]
                 of_student = add_arrays(of_student, student[1]) if of_student else student[1]
@@ -243,8 +231,8 @@ class KDMDTrainer:
         mx.eval(self.state(), metrics)
         return metrics
 
-    def _pass(self, x0, text, masks, noise, *, k: int, turn: bool):
-        """Metrics and gradients of the student, on its turn; losses and gradients of the critic."""
+    def _drawn(self, x0, text, masks, noise, *, k: int) -> dict[str, mx.array]:
+        """x, where k of the student's four steps have led, and y, what it makes of it."""
         t = [mx.full(len(x0), sigma) for sigma in SIGMAS]
         x, params = noise["x"], self.student.params
         if self.options.noised_real:
@@ -252,24 +240,45 @@ class KDMDTrainer:
         else:
             for i in range(k):
                 x = self._jump(params, x, t[i], t[i + 1], text, masks)
-        student = critic = None
+        if not self.critic:
+            return {"x": x}
+        return {"x": x, "y": self._jump(params, x, t[k], t[-1], text, masks)}
+
+    def _ask(self, made: dict, text, masks, noise, k: int) -> dict[str, mx.array]:
+        """What the teacher says on the student's turn: r0, its guided prediction from y with noise
+        (x_tau), and the velocities and tokens that hold the student on course."""
+        guide: dict[str, mx.array] = {}
+        guidance = self.options.guidance
         if self.critic:
-            y = self._jump(params, x, t[k], t[-1], text, masks)
-        if turn:
-            # Models that need no gradient run outside of it: there attention is fused.
-            guide: dict[str, mx.array] = {}
+            tau = noise["tau/student"]
+            x_tau, _ = add_noise(made["y"], noise["eps/student"], tau)
+            v = self.teacher.velocity(x_tau, tau, text, masks, guidance)
+            guide |= {"x_tau": x_tau, "r0": x_tau - tau[:, None, None, None] * v}
+        if self.options.loss != "dmd":
+            few, x = self.teacher.is_few_step, made["x"]
+            t, guidance = mx.full(len(x), SIGMAS[k]), 1.0 if few else guidance
+            v, tokens = self.teacher.outputs(x, t, text, masks, guidance, few)
+            guide |= {"v": v, "tokens": tokens}
+        mx.eval(guide)
+        return guide
+
+    def _pass(self, made, guide, text, masks, noise, *, k: int):
+        """Metrics and gradients of the student, where there is a guide; losses and gradients of
+        the critic."""
+        student = critic = None
+        if guide:
+            # What needs no gradient runs outside of it: there attention is fused.
             if self.critic:
-                own = {name: noise[f"{name}/student"] for name in ("eps", "tau")}
-                guide |= self._scores(self.critic.params, y, own, text, masks)
-                mx.eval(guide)
-            if self.options.loss != "dmd":
-                guide |= self._targets(x, t[k], text, masks)
-                mx.eval(guide)
-            student = self._student_grads(params, guide, x, t[k], text, masks)
+                tau, x_tau = noise["tau/student"], guide["x_tau"]
+                c0 = self._jump(self.critic.params, x_tau, tau, 0 * tau, text, masks)
+                guide = {k: a for k, a in guide.items() if k != "x_tau"} | {"c0": c0}
+                mx.eval(c0)
+            t = mx.full(len(made["x"]), SIGMAS[k])
+            student = self._student_grads(self.student.params, guide, made["x"], t, text, masks)
             mx.eval(student)
         if self.critic:
             eps, tau = noise["eps/critic"], noise["tau/critic"]
-            critic = self._critic_grads(self.critic.params, y, eps, tau, text, masks)
+            critic = self._critic_grads(self.critic.params, made["y"], eps, tau, text, masks)
         return student, critic
 
     def validate(self, fixed: list) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ LOG = "log.jsonl"
 # Options that a run may go on with others of: they change nothing but, some, how sums round.
 NO_MATTER = (
     *("minutes", "save_minutes", "log_every", "validate_every", "sample_every"),
-    *("accumulate", "checkpoint"),
+    *("accumulate", "checkpoint", "offload"),
 )
 
 
@@ -40,11 +40,28 @@ class RunOptions:
     sample_every: int = 500  # steps between pictures of ``report.Report``; 0 for none
 
 
+class Inputs(NamedTuple):
+    """All that a step depends on beside the trainer's state."""
+
+    x0: mx.array  # (B, H, W, C)
+    text: dict[str, mx.array]  # {encoder: (B, L, dim)}
+    masks: dict[str, mx.array]  # {encoder: (B, L)}
+    noise: dict[str, mx.array]  # {name: (B, ...)}
+    choice: Any
+
+
 class Trainer(Protocol):
     """What ``train`` drives; it needs no more of a method than is said here."""
 
     @property
     def options(self) -> AdamOptions: ...
+
+    @property
+    def ahead(self) -> int:
+        """Steps whose inputs ``look_ahead`` takes at once."""
+
+    def look_ahead(self, inputs: list[Inputs], /) -> list[Inputs]:
+        """The inputs of the next steps with what can be computed before the first of them."""
 
     def draw(self, rng: np.random.Generator, key: mx.array, shape: tuple, /) -> tuple[dict, Any]:
         """A step's noise for a batch of latents of ``shape``, by name, and another choice."""
@@ -136,14 +153,12 @@ def _train(
     mx.reset_peak_memory()
     started = saved = since = time.monotonic()
     mark = step
+    waiting: list[Inputs] = []
     while step < steps:
-        rng = np.random.default_rng([o.seed, step])
-        x0, text, masks = data.batch(rng, o.batch, o.text_dropout)
-        noise, choice = trainer.draw(rng, mx.random.key((o.seed << 32) + step), x0.shape)
-        # Every process draws the whole batch and keeps its share, so that n processes repeat one.
-        mine = slice(world.rank(), None, world.size())
-        noise, text, masks = ({k: a[mine] for k, a in d.items()} for d in (noise, text, masks))
-        metrics = trainer.step(x0[mine], text, masks, noise, choice)
+        if not waiting:
+            following = range(step, min(step + trainer.ahead, steps))
+            waiting = trainer.look_ahead([_inputs(trainer, data, o, i) for i in following])
+        metrics = trainer.step(*waiting.pop(0))
         window.append({k: scalar(v) for k, v in metrics.items()})
         step += 1
         if not all(map(math.isfinite, window[-1].values())):
@@ -181,6 +196,17 @@ def _train(
             mark, since = step, time.monotonic()  # without what was done with the record
         if last:
             return
+
+
+def _inputs(trainer: Trainer, data: LatentDataset, o: RunOptions, step: int) -> Inputs:
+    """Of this process. Every process draws the whole batch and keeps its share, so that n
+    processes repeat one."""
+    rng, world = np.random.default_rng([o.seed, step]), mx.distributed.init()
+    x0, text, masks = data.batch(rng, o.batch, o.text_dropout)
+    noise, choice = trainer.draw(rng, mx.random.key((o.seed << 32) + step), x0.shape)
+    mine = slice(world.rank(), None, world.size())
+    noise, text, masks = ({k: a[mine] for k, a in d.items()} for d in (noise, text, masks))
+    return Inputs(x0[mine], text, masks, noise, choice)
 
 
 def check_batch(options: RunOptions, adam: AdamOptions) -> None:

@@ -19,6 +19,7 @@ class AdamOptions:
     ema: float = 0.999  # 0: no average is kept
     accumulate: int = 1  # micro-batches that a step's batch is split into
     checkpoint: bool = False  # blocks are computed again for their gradients: less memory
+    offload: bool = False  # a teacher's weights are in memory only while it is asked
     lora: int | None = None  # rank; None trains all weights
 
 
