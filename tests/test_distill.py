@@ -588,7 +588,7 @@ def test_resuming_with_another_teacher(reference):
 
 def test_pictures_of_a_run(reference):
     """A row per caption: its seeds by the student and by the teacher."""
-    names = sorted(p.name for p in (reference / "grids").iterdir())
+    names = sorted(p.name for p in (reference / "grids").glob("*.png"))
     assert names == ["00000008.png", "00000012.png"]
     with Image.open(reference / "grids" / names[0]) as image:
         assert image.size == (4 * 2 * watch.SEEDS, 4 * 2)
