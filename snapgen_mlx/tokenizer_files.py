@@ -1,7 +1,8 @@
 """Tokenizers of the text encoders, from the files that stand beside their weights."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
@@ -20,6 +21,17 @@ QWEN_WORDS = (
 )
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns whatever a tokenizer's files raise into a SnapGenError."""
+    try:
+        yield
+    except SnapGenError:
+        raise
+    except Exception as e:  # the tokenizers library raises nothing more precise
+        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
+
+
 def load_clip_tokenizer(folder) -> Tokenizer:
     """CLIP's tokenizer from tokenizer.json, or from vocab.json and merges.txt.
 
@@ -27,7 +39,7 @@ def load_clip_tokenizer(folder) -> Tokenizer:
     """
     folder = Path(folder)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    try:
+    with _reading(folder):
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_padding()
@@ -35,10 +47,6 @@ def load_clip_tokenizer(folder) -> Tokenizer:
         if not (vocab.is_file() and merges.is_file()):
             raise SnapGenError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
         bpe = BPE.from_file(str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=EOS)
-    except SnapGenError:
-        raise
-    except Exception as e:  # the tokenizers library raises nothing more precise
-        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
     # The rest is fixed for CLIP and therefore not in those two files.
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
@@ -69,7 +77,7 @@ def load_gemma_tokenizer(folder) -> Callable[[str], list[int]]:
     extra = read_json(extra) if extra.is_file() else {}
     bos_token = extra.get("bos_token") or "<bos>"
     bos_token = bos_token["content"] if isinstance(bos_token, dict) else bos_token
-    try:
+    with _reading(folder):
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_padding()
@@ -87,10 +95,6 @@ def load_gemma_tokenizer(folder) -> Callable[[str], list[int]]:
             bos = None if pieces.is_unknown(bos) else bos
         else:
             raise SnapGenError(f"{folder} has neither tokenizer.json nor tokenizer.model")
-    except SnapGenError:
-        raise
-    except Exception as e:  # the tokenizers library raises nothing more precise
-        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
     if bos is None:
         raise SnapGenError(f"the tokenizer in {folder} has no {bos_token} token")
     start = [bos] if extra.get("add_bos_token", True) else []
@@ -105,7 +109,7 @@ def load_qwen_tokenizer(folder) -> Callable[[str], list[int]]:
     """
     folder = Path(folder)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    try:
+    with _reading(folder):
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_padding()
@@ -125,10 +129,6 @@ def load_qwen_tokenizer(folder) -> Callable[[str], list[int]]:
                 raise SnapGenError(f"{folder}: added tokens do not follow {vocab.name}")
         else:
             raise SnapGenError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-    except SnapGenError:
-        raise
-    except Exception as e:  # the tokenizers library raises nothing more precise
-        raise SnapGenError(f"cannot read the tokenizer in {folder}: {e}") from e
     for token in QWEN_TURNS:
         if tokenizer.token_to_id(token) is None:
             raise SnapGenError(f"the tokenizer in {folder} has no {token} token; is it Qwen's?")

@@ -22,7 +22,7 @@ def channels_first(a: mx.array) -> mx.array:
 
 
 class Rules(Protocol):
-    """The rules of one model; a module with these functions.
+    """The rules of one model: a module with these functions, or an object with these methods.
 
     ``source`` is the dictionary of the checkpoint's config.json.
     """

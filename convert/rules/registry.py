@@ -3,16 +3,9 @@
 from typing import NamedTuple
 
 from ...errors import SnapGenError
-from . import (
-    clip,
-    gemma,
-    qwen_language,
-    qwen_transformer,
-    qwen_vae,
-    snapgen_autoencoder,
-    transformer,
-)
+from . import clip, qwen_transformer, qwen_vae, snapgen_autoencoder, transformer
 from .interface import Rules
+from .language_model import GEMMA, QWEN
 
 
 class Kind(NamedTuple):
@@ -37,10 +30,10 @@ KINDS = {
     "StickerAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "StickerAutoencoder"),
     "clip_text_model": Kind("text_encoder", clip, "transformers", "CLIPTextModel", "CLIPTokenizer"),
     "gemma3_text": Kind(
-        "text_encoder_2", gemma, "transformers", "Gemma3TextModel", "GemmaTokenizer"
+        "text_encoder_2", GEMMA, "transformers", "Gemma3TextModel", "GemmaTokenizer"
     ),
     "qwen2_5_vl_text": Kind(
-        "text_encoder", qwen_language, "transformers", "Qwen2_5_VLTextModel", "Qwen2Tokenizer"
+        "text_encoder", QWEN, "transformers", "Qwen2_5_VLTextModel", "Qwen2Tokenizer"
     ),
     "static_text": Kind("text_encoder", None, "snapgen_mlx", "StaticText"),
     "word_transformer": Kind("text_encoder", None, "snapgen_mlx", "WordTransformer"),
