@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ...errors import SnapGenError
 from . import clip, qwen_transformer, qwen_vae, snapgen_autoencoder, transformer
 from .interface import Rules
-from .language_model import GEMMA, QWEN
+from .text_towers import GEMMA, QWEN
 
 
 class Kind(NamedTuple):
