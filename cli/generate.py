@@ -115,7 +115,11 @@ def generate(
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
         variant = variants[0] if variants else None
-        click.echo(_explanation(model, text_encoder, variant, base, low_ram, dtype, sizes))
+        click.echo(
+            _explanation(
+                model, text_encoder, variant, base, low_ram, dtype, image is not None, sizes
+            )
+        )
         return
     replay = Replay(source) if source else None
     if replay:
@@ -152,6 +156,7 @@ def generate(
         low_ram=low_ram,
         keep_encoders=False,
         dtype=dtype,
+        editing=edit is not None,
         **{k: given[k] for k in ("width", "height", "guidance")},
     )
     jobs = plan(pipe, variants or (pipe.variant,), prompts, seeds, edit, given)
@@ -175,7 +180,7 @@ def _with_standard_input(prompts) -> tuple[str, ...]:
     return (*prompts[:at], *lines, *prompts[at + 1 :])
 
 
-def _explanation(model, text_encoder, variant, base, low_ram, dtype, sizes) -> str:
+def _explanation(model, text_encoder, variant, base, low_ram, dtype, editing, sizes) -> str:
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.layout import few_step_lora, load_config
     from snapgen_mlx.loading import load_vae
@@ -192,5 +197,5 @@ def _explanation(model, text_encoder, variant, base, low_ram, dtype, sizes) -> s
     few_steps = not base and few_step_lora(folder, name) is not None
     s = Settings.from_config(load_config(folder), "any", few_steps, **sizes)
     s.check_size(memory.pixel_multiple)
-    request = Request(s.width, s.height, s.guidance != 1, low_ram)
+    request = Request(s.width, s.height, s.guidance != 1, low_ram, editing=editing)
     return memory_table(memory, request, variant)

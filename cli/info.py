@@ -88,21 +88,21 @@ def memory_table(memory, request, variant: str | None = None) -> str:
 
     guided = ", guided" if request.guided else ""
     low_ram = ", --low-ram" if request.low_ram else ""
+    phases = {"encoding": "encode", "denoising": "denoise", "decoding": "decode"}
+    if request.editing:
+        phases = {"the picture": "read", **phases}
+    titles = ["parameters", "weights", *phases]
     lines = [
         f"predicted peak of memory at {request.width}x{request.height}{guided}{low_ram}; "
         f"{format_bytes(usable_memory())} can be used here",
-        f"{'variant':<12}{'parameters':>12}{'weights':>10}{'encoding':>10}{'denoising':>11}"
-        f"{'decoding':>10}",
+        f"{'variant':<12}" + "".join(f"{title:>12}" for title in titles),
     ]
     for name in memory.config.variants:
-        p = memory.predict(name, request)
-        sizes = [format_bytes(n) for n in (memory.weights(name), p.encode, p.denoise, p.decode)]
-        parameters = f"{memory.parameters(name) / 1e6:.1f} M"
-        weights, encode, denoise, decode = sizes
+        predicted = memory.predict(name, request)
+        sizes = [memory.weights(name), *(getattr(predicted, phase) for phase in phases.values())]
+        cells = [f"{memory.parameters(name) / 1e6:.1f} M", *map(format_bytes, sizes)]
         fits = "" if memory.fits(name, request) else "  does not fit"
-        lines.append(
-            f"{name:<12}{parameters:>12}{weights:>10}{encode:>10}{denoise:>11}{decode:>10}{fits}"
-        )
+        lines.append(f"{name:<12}" + "".join(f"{cell:>12}" for cell in cells) + fits)
     try:
         if variant in (None, "auto"):
             lines.append(f"--variant auto takes {memory.choose(request)}")

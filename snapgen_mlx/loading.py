@@ -40,6 +40,13 @@ def load_dit_config(folder) -> DiTConfig:
     return DiTConfig.from_dict(load_config(Path(folder) / "transformer"))
 
 
+def given_dtype(dtype: mx.Dtype | None) -> mx.Dtype:
+    """The type to compute with: what was given, or ``inference_dtype``."""
+    if dtype is not None and not isinstance(dtype, mx.Dtype):
+        raise UsageError(f"dtype must be one of mlx.core, as mx.float16, not {shown(dtype)}")
+    return dtype or inference_dtype()
+
+
 def lora_pairs(loras) -> list[tuple[str | Path, float]]:
     """LoRAs as they were given, checked. Raises UsageError unless they are pairs (file, scale)."""
     try:
@@ -75,12 +82,11 @@ def load_dit(folder, variant: str | None = None, dtype: mx.Dtype | None = None, 
     Returns a ``DiT`` with its ``config``; nothing but headers is read before it is evaluated.
     Raises UsageError for an unknown variant, SnapGenError for damaged or foreign files.
     """
-    if dtype is not None and not isinstance(dtype, mx.Dtype):
-        raise UsageError(f"dtype must be one of mlx.core, as mx.float16, not {shown(dtype)}")
+    dtype = given_dtype(dtype)
     config, tensors = load_supernet(folder)
     index = config.variant_index(config.variants[-1] if variant is None else variant)
     dit = DiT(config.variant(index) if len(config.widths) > 1 else config)
-    _fill(dit, slice_flat(tensors, config, index), dtype or inference_dtype(), folder)
+    _fill(dit, slice_flat(tensors, config, index), dtype, folder)
     for path, scale in lora_pairs(loras):
         add_lora(dit, load_lora(path, config, index, scale, base=folder))
     return dit

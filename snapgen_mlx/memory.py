@@ -42,6 +42,7 @@ class Request:
     guided: bool = False
     low_ram: bool = False
     keep_encoders: bool = False
+    editing: bool = False  # pictures start from others, which are encoded
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Prediction:
     encode: int
     denoise: int
     decode: int
+    read: int = 0  # the picture to start from
 
     @property
     def peak(self) -> int:
-        return max(self.encode, self.denoise, self.decode)
+        return max(self.encode, self.read, self.denoise, self.decode)
 
 
 class ModelMemory:
@@ -70,7 +72,7 @@ class ModelMemory:
         self.folder, self.dtype = Path(folder), dtype or inference_dtype()
         self.config = load_transformer_config(self.folder)
         self.metal, self.gpu = on_metal(), on_gpu()
-        self.decoder = vae.decoder_bytes
+        self.decoder, self.encoder = vae.decoder_bytes, vae.encoder_bytes
         self.encoders = sum(encoder.nbytes for encoder in encoders)
         self.vae = vae.config  # not the network: it would stay in memory
         self._encoding = sum(encoder.encoding_bytes() for encoder in encoders)
@@ -119,17 +121,22 @@ class ModelMemory:
         dit, encoders = int(factor * self.weights(variant)), int(factor * self.encoders)
         keep = self.keeps_encoders(r)
         kept = encoders if keep else 0
-        beside = 0 if r.low_ram else self.decoder
+        encoder = self.encoder if r.editing else 0
+        # Beside what a phase computes with, unless each part is held alone.
+        drawer, painter = (0, 0) if r.low_ram else (dit + kept, self.decoder + encoder)
         h, w = r.height // self.vae.downsampling, r.width // self.vae.downsampling
         config = _width(self.config, variant)
         denoise = self.dtype.size * denoising_floats(
             config, (h, w), 1 + r.guided, self._text_tokens, self.metal
         )
-        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram), self.dtype.size)
+        size = self.dtype.size
+        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram), size)
+        reading = self.vae.encoding_bytes(h, w, size) if r.editing else 0
         return Prediction(
-            encode=encoders and encoders + self._encoding + (dit + beside if keep else 0),
-            denoise=dit + kept + beside + max(denoise, self._loading(variant)),
-            decode=self.decoder + (0 if r.low_ram else dit + kept) + decoding,
+            encode=encoders and encoders + self._encoding + (dit + painter if keep else 0),
+            read=reading and drawer + max(painter, encoder) + reading,
+            denoise=dit + kept + painter + max(denoise, self._loading(variant)),
+            decode=drawer + max(painter, self.decoder) + decoding,
         )
 
     def fits(self, variant: str, request: Request, bits: int | None = None) -> bool:

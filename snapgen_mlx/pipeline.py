@@ -11,14 +11,21 @@ from PIL import Image
 
 from . import __version__
 from .background import check_background, to_picture
-from .device import DTYPES, inference_dtype, set_limits
+from .device import DTYPES, set_limits
 from .digest import digest
 from .editing import Edit
 from .errors import SnapGenError, UsageError, shown
 from .finite import check_finite
 from .hub import resolve, resolve_model
 from .layout import TEXT_FOLDERS, few_step_lora, load_config, picture_size
-from .loading import Transformer, load_transformer, load_transformer_config, load_vae, lora_pairs
+from .loading import (
+    Transformer,
+    given_dtype,
+    load_transformer,
+    load_transformer_config,
+    load_vae,
+    lora_pairs,
+)
 from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
 from .models.interfaces import Autoencoder, TextEncoder
@@ -40,6 +47,7 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         guidance: float | None = None,
+        editing: bool = False,
         text_encoder=None,
         loras=(),
         base: bool = False,
@@ -55,7 +63,7 @@ class Pipeline:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.text_encoder, self.loras, self.base = text_encoder, lora_pairs(loras), base
         self.low_ram, self.keep_encoders = low_ram, keep_encoders
-        self.dtype = dtype or inference_dtype()
+        self.dtype = given_dtype(dtype)
         self._texts: dict[str, tuple[dict, dict]] = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype)
         self.variant = self.dit_config.variants[-1]
@@ -63,7 +71,8 @@ class Pipeline:
             self.dit_config.variant_index(variant)
             self.variant = variant
         else:
-            largest = self.settings("any", width=width, height=height, guidance=guidance)
+            sizes = {"width": width, "height": height, "guidance": guidance}
+            largest = self.settings("any", **sizes, strength=1.0 if editing else None)
             self.variant = self.memory.choose(self._request(largest))
         self.dit  # noqa: B018 (its files are checked now, its weights are read when needed)
 
@@ -71,13 +80,17 @@ class Pipeline:
     def load(cls, source=None, variant: str | None = None, **options) -> "Pipeline":
         """Load the embedded model (None), a model folder, or a Hub id at one width.
 
-        Args: variant, a width's name; None or "auto" is the widest that fits into memory for
-            pictures of ``width``, ``height`` (pixels) and ``guidance`` (the model's own when not
-            given); text_encoder, a folder or Hub id of another Gemma 3; loras, pairs (LoRA file,
-            scale); base, draw without the LoRA with which a width needs few steps; low_ram, hold
-            the weights of one phase at a time and decode in smaller tiles; keep_encoders, False
-            frees heavy text encoders after each use; dtype, to compute with (default:
-            ``inference_dtype``).
+        Args:
+            variant: a width's name; None or "auto" is the widest that fits into memory.
+            width, height, guidance, editing: pictures that must fit: pixels (the model's own when
+                not given), guidance, and whether they start from others.
+            text_encoder: a folder or Hub id of another Gemma 3.
+            loras: pairs (LoRA file, scale).
+            base: draw without the LoRA with which a width needs few steps.
+            low_ram: hold the weights of one phase at a time and decode in smaller tiles.
+            keep_encoders: False frees heavy text encoders after each use.
+            dtype: to compute with (default: ``inference_dtype``).
+
         Weights are read when they are first used. Raises UsageError for an unknown variant and
         when nothing fits, SnapGenError for damaged or foreign files.
         """
@@ -110,7 +123,8 @@ class Pipeline:
 
     def _request(self, s: Settings) -> Request:
         guided = s.guidance != 1
-        return Request(s.width, s.height, guided, self.low_ram, self.keep_encoders)
+        editing = s.strength is not None
+        return Request(s.width, s.height, guided, self.low_ram, self.keep_encoders, editing)
 
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""

@@ -14,6 +14,7 @@ from snapgen_mlx import Pipeline, memory
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.convert.init import init
+from snapgen_mlx.editing import Edit
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import write_json
 from snapgen_mlx.layout import FORMAT
@@ -23,7 +24,7 @@ from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.gemma_text import GemmaText
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
 from snapgen_mlx.tensors.safetensors_io import TensorInfo
-from snapgen_mlx.tensors.weights import save_tensors
+from snapgen_mlx.tensors.weights import flat_parameters, save_tensors
 from snapgen_mlx.text_loading import load_text_encoders
 
 from . import checkpoints
@@ -362,3 +363,48 @@ def test_loras_change_the_picture_and_are_recorded(run, tmp_path):
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "half.png").read_bytes()
     assert "missing.safetensors" in one_line(run("a cat", "--lora", "missing.safetensors"), 1)
     assert run("a cat", "--lora", "style.safetensors:nan").exit_code == 2
+
+
+# --- editing
+
+
+@pytest.mark.parametrize(
+    ("folder", "width", "height"),
+    [("embedded", 256, 128), ("large", 128, 128), ("large", 256, 256)],
+)
+def test_editing_needs_what_is_predicted(request, folder, width, height):
+    pipe = Pipeline.load(request.getfixturevalue(folder), "tiny")
+    edit = Edit(Image.new("RGB", (width, height), "red"))
+    settings = pipe.edit_settings("a", edit, width=width, height=height, guidance=1, steps=2)
+    predicted = pipe.memory.predict("tiny", Request(width, height, editing=True))
+    assert pipe.memory.predict("tiny", Request(width, height)).read == 0
+    for weight in flat_parameters(pipe.dit).values():  # as after an earlier picture
+        mx.eval(weight)
+    pipe.decode(mx.zeros((1, 8, 8, pipe.dit_config.in_channels)))
+    mx.clear_cache()
+    base = mx.get_active_memory()
+    held = predicted.read - pipe.memory.encoder  # what was read before counts too
+    held -= pipe.memory.vae.encoding_bytes(height // 8, width // 8, pipe.dtype.size)
+    mx.reset_peak_memory()
+    pipe.stream(settings, edit)
+    peak = mx.get_peak_memory() - base + held
+    assert predicted.read == pytest.approx(peak, rel=TOLERANCE)
+    assert predicted.read - held == pytest.approx(peak - held, rel=TOLERANCE)
+
+
+def test_an_edit_that_does_not_fit_is_refused_before_it_is_read(large, limit):
+    pipe = Pipeline.load(large, "tiny")
+    size = {"width": 256, "height": 256}
+    limit(pipe.memory.predict("tiny", Request(256, 256)).peak)
+    settings = pipe.settings("a", **size, steps=1)
+    assert pipe.memory.predict("tiny", pipe._request(settings)).read == 0
+    edit = Edit(Image.new("RGB", (256, 256), "red"))
+    with pytest.raises(UsageError, match="needs about"):
+        pipe.stream(pipe.edit_settings("a", edit, **size, steps=1), edit)
+    with pytest.raises(UsageError, match="fits"):
+        Pipeline.load(large, **size, editing=True)
+
+
+def test_explain_counts_the_picture_to_start_from(run):
+    plain, editing = run("--explain"), run("--explain", "--image", "in.png")
+    assert "the picture" in editing.output and "the picture" not in plain.output

@@ -49,6 +49,15 @@ class SnapGenAutoencoderConfig(ConfigMixin):
         ]
         return 4 * h * w * (max(stages) + 60 * 4 ** (len(stages) - 1))
 
+    def encoding_bytes(self, h: int, w: int, size: int) -> int:
+        """At the widest stage."""
+        positions = h * w * 4 ** (len(self.encoder_channels) - 1)
+        stages = [
+            channels / 4**level * (14 + 5.5 * self.expansion)
+            for level, channels in enumerate(self.encoder_channels)
+        ]
+        return int(4 * positions * max(stages))
+
 
 class Encoder(nn.Module):
     """The decoder's mirror image: patches, residual blocks, 2x2 windows to channels between."""
@@ -89,6 +98,10 @@ class SnapGenAutoencoder(nn.Module):
                 config.patch,
             )
         )
+
+    @property
+    def encoder_bytes(self) -> int:
+        return weight_bytes(self, "encoder.")
 
     @property
     def decoder_bytes(self) -> int:
@@ -168,6 +181,15 @@ class StickerAutoencoderConfig(ConfigMixin):
             plain = len(self.channels) - 1 - stage < self.plain_stages
             stages.append(4**stage * channels * (12 if plain else 18 + 4 * self.expansion))
         return 4 * h * w * max(stages)
+
+    def encoding_bytes(self, h: int, w: int, size: int) -> int:
+        """At the widest stage, or at the unfolded input."""
+        positions = h * w * 4 ** (len(self.channels) - 1)
+        stages = [20.0 * self.image_channels * self.patch**2]
+        for level, channels in enumerate(self.channels):
+            each = 44 if level < self.plain_stages else 14 + 5.5 * self.expansion
+            stages.append(channels / 4**level * each)
+        return int(4 * positions * max(stages))
 
 
 class PlainBlock(nn.Module):
@@ -252,6 +274,10 @@ class StickerAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = StickerEncoder(config), StickerDecoder(config)
+
+    @property
+    def encoder_bytes(self) -> int:
+        return weight_bytes(self, "encoder.")
 
     @property
     def decoder_bytes(self) -> int:

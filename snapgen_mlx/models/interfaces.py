@@ -30,6 +30,15 @@ class AutoencoderConfig(Protocol):
         size: bytes of a float, where the weights are not always float32.
         """
 
+    def encoding_bytes(self, h: int, w: int, size: int) -> int:
+        """Bytes of activations of encoding a picture, predicted.
+
+        Args:
+            h: rows of the latent.
+            w: columns of the latent.
+            size: bytes of a number.
+        """
+
 
 class Autoencoder(Network, Protocol):
     """Pictures to latents and back."""
@@ -40,6 +49,10 @@ class Autoencoder(Network, Protocol):
     @property
     def decoder_bytes(self) -> int:
         """Of the weights that ``decode`` reads."""
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Of the weights that ``encode`` reads."""
 
     def encode(self, images: mx.array) -> mx.array:
         """Images (B, H, W, image_channels) in [-1, 1] -> normalised latents (B, h, w, C)."""

@@ -84,6 +84,14 @@ class VAEConfig(ConfigMixin):
         pixels = 2 * 3 * h * w * scale**2
         return int(size * (max(middle, up / 2 if on_metal() else up) + h * w * dims[0] + pixels))
 
+    def encoding_bytes(self, h: int, w: int, size: int) -> int:
+        """57 numbers for each channel of the widest stage, which are mostly unfolded convolutions;
+        on Metal half of it (an estimate)."""
+        scale = 2 ** (len(self.dim_mult) - 1)
+        stages = [self.base_dim * m / 4**level for level, m in enumerate(self.dim_mult)]
+        each = 28.5 if on_metal() else 57
+        return int(size * h * w * scale**2 * each * max(stages))
+
 
 class Norm(nn.Module):
     """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels: an RMS norm with a tiny epsilon."""
@@ -284,6 +292,10 @@ class AutoencoderKLQwenImage(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
+
+    @property
+    def encoder_bytes(self) -> int:
+        return weight_bytes(self, ("encoder.", "quant_conv."))
 
     @property
     def decoder_bytes(self) -> int:
