@@ -35,7 +35,7 @@ class Replay:
             UsageError: a part differs that makes another picture for certain.
         """
         from snapgen_mlx.errors import UsageError
-        from snapgen_mlx.picture_file import differences
+        from snapgen_mlx.ingredients import differences
 
         if differ := differences(self.found, here):
             raise UsageError(

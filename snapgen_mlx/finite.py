@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
-from .errors import SnapGenError
+from .errors import SnapGenError, UsageError, shown
 from .tensors.weights import flat_parameters
 
 
@@ -33,3 +33,14 @@ def _is_finite(a: mx.array) -> bool:
     if not mx.issubdtype(a.dtype, mx.floating) or not a.size:
         return True
     return bool(mx.isfinite(mx.stack([a.max(), a.min()])).all())  # NaN wins both
+
+
+def check_latent(latents: mx.array, channels: int) -> None:
+    """Raise UsageError unless this is one latent, floats (1, h, w, channels)."""
+    shape = tuple(latents.shape) if isinstance(latents, mx.array) else ()
+    is_float = bool(shape) and mx.issubdtype(latents.dtype, mx.floating)
+    if len(shape) != 4 or shape[0] != 1 or shape[3] != channels or not is_float:
+        what = f"an array {shape} of {latents.dtype}" if shape else shown(latents)
+        raise UsageError(
+            f"a latent holds floats of shape (1, height, width, {channels}), not {what}"
+        )

@@ -83,6 +83,8 @@ def local_path(source) -> Path:
     try:
         path = Path(source).expanduser()
         path.exists()
+        if "\0" in str(path):
+            raise ValueError("embedded null byte")
     except (TypeError, ValueError, RuntimeError, OSError) as e:
         raise UsageError(f"{shown(source)} is neither a folder nor a Hub id: {e}") from e
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from .config import QWEN_IMAGE, ConfigMixin, DiTConfig, QwenImageConfig, TransformerConfig
-from .device import inference_dtype, on_gpu, wide
+from .device import DTYPES, inference_dtype, on_gpu, wide
 from .errors import SnapGenError, UsageError, shown
 from .hub import local_path
 from .layout import load_config
@@ -42,7 +42,7 @@ def load_dit_config(folder) -> DiTConfig:
 
 def given_dtype(dtype: mx.Dtype | None) -> mx.Dtype:
     """The type to compute with: what was given, or ``inference_dtype``."""
-    if dtype is not None and not isinstance(dtype, mx.Dtype):
+    if dtype is not None and not (isinstance(dtype, mx.Dtype) and dtype in DTYPES.values()):
         raise UsageError(f"dtype must be one of mlx.core, as mx.float16, not {shown(dtype)}")
     return dtype or inference_dtype()
 

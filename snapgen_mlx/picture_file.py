@@ -128,32 +128,3 @@ def read_metadata(path) -> dict:
         return asdict(Settings(**settings)) | {"variant": found["variant"]} | others
     except UsageError as e:
         raise SnapGenError(f"{path} holds settings that cannot be used: {e}") from e
-
-
-def differences(found: dict, here: dict) -> list[str]:
-    """What a picture was drawn with that is another one here, in words, such as "another model".
-
-    Args:
-        found: settings of a picture (``read_metadata``).
-        here: what a picture that is drawn now would carry (``Pipeline.metadata``). Another width
-            than the picture's was asked for, and so was its LoRA.
-    """
-    before, now = found.get("digests"), here.get("digests", {})
-    if before is None:  # of an early version: all that is known is a name
-        return ["another model"] if found.get("model") != here.get("model") else []
-    words = []
-    how = ("variant", "few_step")
-    asked = {"few-step LoRA"} if any(found.get(k) != here.get(k) for k in how) else set()
-    for name in dict.fromkeys([*before, *now]):
-        if before.get(name) != now.get(name) and name not in asked:
-            article = (
-                "another" if name in before and name in now else "a" if name in before else "no"
-            )
-            words.append(f"{article} {name}")
-    scales = [
-        [name.rpartition(":")[2] for name in metadata.get("loras", [])]
-        for metadata in (found, here)
-    ]
-    if before.get("LoRA") == now.get("LoRA") and scales[0] != scales[1]:
-        words.append(f"LoRA scale {', '.join(scales[0])}")
-    return words

@@ -12,12 +12,12 @@ from PIL import Image
 from . import __version__
 from .background import check_background, to_picture
 from .device import DTYPES, set_limits
-from .digest import digest
 from .editing import Edit
 from .errors import SnapGenError, UsageError, shown
-from .finite import check_finite
-from .hub import resolve, resolve_model
-from .layout import TEXT_FOLDERS, few_step_lora, load_config, picture_size
+from .finite import check_finite, check_latent
+from .hub import resolve_model
+from .ingredients import ingredients, names_of
+from .layout import few_step_lora, load_config, picture_size
 from .loading import (
     Transformer,
     given_dtype,
@@ -26,11 +26,10 @@ from .loading import (
     load_vae,
     lora_pairs,
 )
-from .lora_file import find_file
 from .memory import ModelMemory, Request, decoding_tile
 from .models.interfaces import Autoencoder, TextEncoder
 from .notes import notes
-from .sampling import Step, blend_noise, denoise, last_step, schedule
+from .sampling import Step, denoise, draw_noise, last_step, schedule
 from .settings import Settings
 from .tensors.weights import flat_parameters
 from .text_loading import load_text_encoders
@@ -230,7 +229,7 @@ class Pipeline:
             self.prepare([s])
         text, masks = self._texts[s.prompt]
         negative = self._texts.get(self._negative(s) or "")
-        start = noise = self._noise(s, (1, h, w, config.latent_channels))
+        start = noise = draw_noise((1, h, w, config.latent_channels), s.seed, s.variation)
         sigmas = schedule(s.steps, s.shift)
         put_back = None
         if edit is not None:
@@ -263,13 +262,6 @@ class Pipeline:
 
         return evaluated()
 
-    def _noise(self, s: Settings, shape: tuple[int, ...]) -> mx.array:
-        noise = mx.random.normal(shape, key=mx.random.key(s.seed))
-        if s.variation is None:
-            return noise
-        seed, amount = s.variation
-        return blend_noise(noise, mx.random.normal(shape, key=mx.random.key(seed)), amount)
-
     def decode(self, latents: mx.array, background: str | None = None) -> Image.Image:
         """Decode a normalised latent to a picture, RGB or RGBA.
 
@@ -279,14 +271,7 @@ class Pipeline:
         """
         if self.low_ram:
             self.free("encoders", "dit")
-        channels = self.dit_config.latent_channels
-        shape = latents.shape if isinstance(latents, mx.array) else ()
-        is_float = bool(shape) and mx.issubdtype(latents.dtype, mx.floating)
-        if len(shape) != 4 or shape[0] != 1 or shape[3] != channels or not is_float:
-            what = tuple(shape) if shape else shown(latents)
-            raise UsageError(
-                f"a latent holds floats of shape (1, height, width, {channels}), not {what}"
-            )
+        check_latent(latents, self.dit_config.latent_channels)
         check_finite([latents], "the latent")
         image = self.vae.decode(latents, decoding_tile(self.low_ram))
         check_finite([image], "the autoencoder's picture", self.vae)
@@ -347,32 +332,18 @@ class Pipeline:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Of each thing that a picture depends on beside its settings."""
-        parts = [self.folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)]
-        found = {"model": digest(*parts)}
-        if self.few_step:
-            found["few-step LoRA"] = digest(self.few_step)
-        if self.loras:
-            found["LoRA"] = digest(*(find_file(path) for path, _ in self.loras))
-        if self.text_encoder:
-            found["text encoder"] = digest(resolve(self.text_encoder))
-        return found
+        return ingredients(self.folder, self.few_step, self.loras, self.text_encoder)
 
     def metadata(self, settings: Settings) -> dict:
-        """What reproduces a picture, for its PNG; files by their names."""
+        """What reproduces a picture, for its file; files by their names."""
         source = self.config.get("source", {})
-        encoder = self.text_encoder and Path(self.text_encoder).name
         return {
             **asdict(settings),
             "variant": self.variant,
             "dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
             **({"few_step": True} if self.few_step else {}),
             "model": source.get("name", self.folder.name),
-            **({"text_encoder": encoder} if encoder else {}),
-            **({"loras": _named(self.loras)} if self.loras else {}),
+            **names_of(self.loras, self.text_encoder),
             "digests": self.digests,
             "version": __version__,
         }
-
-
-def _named(loras) -> list[str]:
-    return [f"{Path(path).name}:{scale:g}" for path, scale in loras]

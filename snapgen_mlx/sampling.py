@@ -116,6 +116,23 @@ def denoise(
         yield Step(i, sigma, x, x0)
 
 
+def draw_noise(
+    shape: tuple[int, ...], seed: int, variation: tuple[int, float] | None = None
+) -> mx.array:
+    """The noise of a seed, or noise between it and that of another one.
+
+    Args:
+        shape: (B, h, w, C).
+        seed: 0 to 2^63 - 1.
+        variation: the other seed and its share.
+    """
+    noise = mx.random.normal(shape, key=mx.random.key(seed))
+    if variation is None:
+        return noise
+    other, amount = variation
+    return blend_noise(noise, mx.random.normal(shape, key=mx.random.key(other)), amount)
+
+
 def blend_noise(a: mx.array, b: mx.array, amount: float) -> mx.array:
     """Spherical interpolation from noise ``a`` (amount 0) to ``b`` (1), which keeps its norm."""
     a_unit, b_unit = (n / mx.linalg.norm(n.reshape(-1)) for n in (a, b))

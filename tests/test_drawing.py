@@ -101,7 +101,7 @@ def test_a_picture_on_standard_output(run, tmp_path):
         (("-o", "x.gif"), 2, ".webp"),
         (("-o", "x" * 300 + ".png"), 2, "304 bytes"),
         (("-o", "猫" * 90 + ".png"), 2, "274 bytes"),
-        (("-o", ""), 2, "no name"),
+        (("-o", ""), 2, "file name"),
         (("-o", "file/x.png"), 1, "Not a directory"),
         (("-o", "x.jpg", "--background", "transparent"), 2, "JPEG"),
         (("a dog", "-o", "-"), 2, "-o -"),

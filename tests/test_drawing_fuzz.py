@@ -12,7 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from snapgen_mlx import Pipeline, load_dit
 from snapgen_mlx.errors import SnapGenError, UsageError
-from snapgen_mlx.picture_file import differences, picture_bytes, read_metadata
+from snapgen_mlx.ingredients import differences
+from snapgen_mlx.picture_file import picture_bytes, read_metadata
 from snapgen_mlx.settings import Settings
 from snapgen_mlx.training.picture_list import left_out
 from snapgen_mlx.training.pictures import scan_folder

@@ -133,7 +133,7 @@ def test_wrong_edits_are_refused():
         with pytest.raises(UsageError, match="widen"):
             Edit(image, margins=margins)
     for text in ("", "a", "1,2", "1,2,3,4,5", "1.5"):
-        with pytest.raises(UsageError, match="margins"):
+        with pytest.raises(UsageError, match="margin"):
             parse_margins(text)
 
 

@@ -1,0 +1,64 @@
+"""What a picture is made with beside its settings, by name and by digest."""
+
+from pathlib import Path
+
+from .digest import digest
+from .hub import resolve
+from .layout import TEXT_FOLDERS
+from .lora_file import find_file
+
+
+def ingredients(folder: Path, few_step: Path | None, loras, text_encoder) -> dict[str, str]:
+    """Digests of a model, and of the LoRAs and the text encoder that go with it.
+
+    Args:
+        folder: of the model.
+        few_step: the LoRA with which it draws in few steps, if it does.
+        loras: pairs (LoRA file, scale).
+        text_encoder: a folder or Hub id; None for the model's own.
+    """
+    found = {"model": digest(*(folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)))}
+    if few_step:
+        found["few-step LoRA"] = digest(few_step)
+    if loras:
+        found["LoRA"] = digest(*(find_file(path) for path, _ in loras))
+    if text_encoder:
+        found["text encoder"] = digest(resolve(text_encoder))
+    return found
+
+
+def names_of(loras, text_encoder) -> dict:
+    """How metadata name what goes with a model."""
+    named: dict = {"text_encoder": Path(text_encoder).name} if text_encoder else {}
+    if loras:
+        named["loras"] = [f"{Path(path).name}:{scale:g}" for path, scale in loras]
+    return named
+
+
+def differences(found: dict, here: dict) -> list[str]:
+    """What a picture was drawn with that is another one here, in words, such as "another model".
+
+    Args:
+        found: settings of a picture (``read_metadata``).
+        here: what a picture that is drawn now would carry (``Pipeline.metadata``). Another width
+            than the picture's was asked for, and so was its LoRA.
+    """
+    before, now = found.get("digests"), here.get("digests", {})
+    if before is None:  # of an early version: all that is known is a name
+        return ["another model"] if found.get("model") != here.get("model") else []
+    words = []
+    how = ("variant", "few_step")
+    asked = {"few-step LoRA"} if any(found.get(k) != here.get(k) for k in how) else set()
+    for name in dict.fromkeys([*before, *now]):
+        if before.get(name) != now.get(name) and name not in asked:
+            article = (
+                "another" if name in before and name in now else "a" if name in before else "no"
+            )
+            words.append(f"{article} {name}")
+    scales = [
+        [name.rpartition(":")[2] for name in metadata.get("loras", [])]
+        for metadata in (found, here)
+    ]
+    if before.get("LoRA") == now.get("LoRA") and scales[0] != scales[1]:
+        words.append(f"LoRA scale {', '.join(scales[0])}")
+    return words
