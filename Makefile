@@ -29,7 +29,7 @@ test: .venv/.installed-test speed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
-	$(RUN) $(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The type checker reads files, and finds the packages where an installation has them.
 types: .venv/.installed-test
