@@ -20,7 +20,8 @@ from snapgen_mlx.sheet import contact_sheet
 
 from .progress import Bar
 
-ENCODED_AT_ONCE = 64  # pictures; a heavy text encoder is loaded once for them
+# Pictures whose prompts are encoded together; a heavy text encoder is loaded once for them.
+ENCODED_AT_ONCE = 64
 
 
 class Place:

@@ -15,7 +15,7 @@ from .training_run import duration
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-EVERY = 5.0  # seconds between the lines of a log
+EVERY = 5.0  # seconds between two lines of a log
 
 
 class Bar:

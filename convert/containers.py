@@ -25,7 +25,7 @@ TRAINING |= {"lr_scheduler", "lr_schedulers", "scheduler", "scaler", "grad_scale
 TRAINING |= {"exp_avg_sq", "momentum_buffer", "callbacks", "loops", "rng_state", "random_states"}
 COUNTERS = {"n_averaged", "num_updates", "decay", "step", "initted", "global_step", "epoch"}
 COUNTERS |= {"iteration", "iterations", "optimization_step", "num_batches_tracked"}
-INTEGERS = {"I16", "I32", "I64", "U16", "U32", "U64", "BOOL"}  # not those that hold few bits
+INTEGERS = {"I16", "I32", "I64", "U16", "U32", "U64", "BOOL"}  # without the types of packed weights
 UNNAMED = re.compile(r"(.*\.)?(shadow_params|shadow)\.\d+")
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
@@ -36,8 +36,8 @@ class Copy:
 
     prefix: str
     routes: dict[str, dict[str, Step]] = field(default_factory=dict)  # by the source's key
-    wrappers: dict[str, int] = field(default_factory=dict)  # as they stand in the source
-    fits: bool = True  # every shape is what the model has
+    wrappers: dict[str, int] = field(default_factory=dict)  # {prefix in the source: keys}
+    fits: bool = True  # every shape equals the model's
 
     @property
     def targets(self) -> set[str]:

@@ -33,7 +33,7 @@ class DiTConfig(ConfigMixin):
 
     # What guidance leads away from without a negative text: a learned token instead.
     null_text: ClassVar[str | None] = None
-    rescale_guidance: ClassVar[bool] = False  # whether it keeps each token's length
+    rescale_guidance: ClassVar[bool] = False  # whether guidance keeps the length of each token
     in_channels: int = 16
     patch_size: int = 2
     hidden_size: int = 2048
@@ -193,7 +193,7 @@ class QwenImageConfig(ConfigMixin):
     rescale_guidance: ClassVar[bool] = True
     variants: ClassVar[list[str]] = ["full"]
     patch_size: int = 2
-    in_channels: int = 64  # of a token: the latent's, patch_size² times
+    in_channels: int = 64  # channels of a token: those of the latent, patch_size² times
     out_channels: int = 16
     num_layers: int = 60
     attention_head_dim: int = 128

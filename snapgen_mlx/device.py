@@ -5,8 +5,8 @@ from typing import cast
 
 import mlx.core as mx
 
-SHARE = 0.8  # of a machine's memory may be MLX's where the system names no limit
-CACHE = 8  # one part in so many of that memory may be kept for reuse
+SHARE = 0.8  # part of a machine's memory that MLX may use if the system names no limit
+CACHE = 8  # this memory divided by the part that may be kept for reuse
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .layout import load_config
 
-KINDS = (".json", ".safetensors", ".txt", ".model", ".bin")  # of files that pictures depend on
-BLOCKS, BLOCK = 64, 16384  # of a large file: that many, of so many bytes
+KINDS = (".json", ".safetensors", ".txt", ".model", ".bin")  # files that pictures depend on
+BLOCKS, BLOCK = 64, 16384  # number of blocks that are read of a large file, and their bytes
 
 
 def digest(*paths: Path) -> str:

@@ -17,8 +17,8 @@ from .files import file_sha256
 from .pipeline import Pipeline
 from .sampling import last_step
 
-SLOW = 15  # GFLOP/s of float32: below are BLAS libraries without vector instructions
-FEW_BYTES = 2_000_000_000  # of memory or disk, below which little but the embedded model works
+SLOW = 15  # float32 GFLOP/s; slower BLAS libraries use no vector instructions
+FEW_BYTES = 2_000_000_000  # bytes of memory or disk; with less, only the embedded model works
 
 
 @dataclass

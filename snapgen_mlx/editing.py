@@ -8,8 +8,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .errors import UsageError, shown
 
-SEAM = 100  # the longer side is so many times the width of the blended seam
-MAX_SIDE = 8192  # pixels of a picture that is edited
+SEAM = 100  # the longer side divided by the width of the blended seam
+MAX_SIDE = 8192  # largest side of an edited picture, in pixels
 
 
 class Edit:

@@ -24,7 +24,7 @@ from .training.flow_matching import validation_loss
 from .training.loop import fixed_batches
 from .training.pictures import Example
 
-BATCH_PIXELS = 2**20  # validated at once
+BATCH_PIXELS = 2**20  # pixels that are validated at once
 
 
 def evaluate(

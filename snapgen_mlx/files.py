@@ -14,8 +14,8 @@ from pathlib import Path
 
 from .errors import SnapGenError
 
-UNFINISHED = ".unfinished"  # ends the names of temporary folders
-NAMED = 24  # characters of a name that the name of its temporary file or folder shows
+UNFINISHED = ".unfinished"  # end of the names of temporary folders
+NAMED = 24  # characters of a name that are part of its temporary name
 
 
 def file_sha256(path) -> str:

@@ -8,7 +8,7 @@ from .errors import SnapGenError, UsageError, shown
 from .layout import COMPONENTS, FEW_STEP, FORMAT, load_config
 from .tensors.sharded import EXTENSIONS, weight_names
 
-EMBEDDED = "embedded"  # the name of the model that is shipped
+EMBEDDED = "embedded"  # name of the shipped model
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # The weights by their usual names, without fp16 doubles and single-file copies of the whole.
 USUAL = ["*model.safetensors", "*model-?????-of-?????.safetensors", f"{FEW_STEP}/*.safetensors"]

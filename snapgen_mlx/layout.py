@@ -5,12 +5,12 @@ from pathlib import Path
 
 from .files import read_json
 
-FORMAT = {"format": "snapgen-mlx", "version": 1}  # of a model folder's config.json
+FORMAT = {"format": "snapgen-mlx", "version": 1}  # part of a model folder's config.json
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # All that the states of a text depend on.
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-FEW_STEP = "few_step"  # a model's folder of LoRAs, by width, with which it needs few steps
+FEW_STEP = "few_step"  # folder of a model's few-step LoRAs, one for each width
 
 TOKENIZER_FILE = re.compile(
     r"(.*token.*|vocab|merges|chat_template|spiece)\.(json|txt|model|jinja)"

@@ -21,7 +21,7 @@ from .lora_file import LoRAFile, kind_of_keys, read_tensors
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
 from .tensors.safetensors_io import header_metadata, save_arrays
 
-LISTED = 5  # keys named in a message
+LISTED = 5  # keys that a message names
 
 
 class Update(NamedTuple):

@@ -42,7 +42,7 @@ OTHERS = {
     ".diff": "a table of whole differences",
 }
 PEFT_CONFIG = "adapter_config.json"
-ABOUT = "snapgen-mlx"  # the header's key of what this project writes
+ABOUT = "snapgen-mlx"  # key in the header for what this project writes
 
 
 @dataclass

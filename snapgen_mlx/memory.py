@@ -23,10 +23,11 @@ from .tensors.palette import SUFFIX as PALETTE
 from .tensors.safetensors_io import NAMES
 from .tensors.weights import flat_parameters, load_infos
 
-HEAVY_ENCODERS = 100_000_000  # bytes; lighter ones stay beside the transformer
-FUSED_HEADS = (64, 72, 80, 96, 128)  # head_dim of Metal's attention without a score matrix
-TILE, LOW_RAM_TILE = 32, 16  # latent positions a side of what the large VAE decodes at once
-FOUR_BITS = 0.32  # of bfloat16: 4.5 bits a weight, 8.5 for the sensitive layers
+HEAVY_ENCODERS = 100_000_000  # bytes; smaller encoders stay in memory beside the transformer
+# Values of head_dim for which Metal's attention needs no score matrix.
+FUSED_HEADS = (64, 72, 80, 96, 128)
+TILE, LOW_RAM_TILE = 32, 16  # side of a tile of the large VAE, in latent positions
+FOUR_BITS = 0.32  # size as a part of bfloat16's: 4.5 bits a weight, 8.5 for sensitive layers
 
 
 def decoding_tile(low_ram: bool) -> int:
@@ -42,7 +43,7 @@ class Request:
     guided: bool = False
     low_ram: bool = False
     keep_encoders: bool = False
-    editing: bool = False  # pictures start from others, which are encoded
+    editing: bool = False  # pictures start from others, which the autoencoder encodes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Prediction:
     encode: int
     denoise: int
     decode: int
-    read: int = 0  # the picture to start from
+    read: int = 0  # bytes for the picture to start from
 
     @property
     def peak(self) -> int:

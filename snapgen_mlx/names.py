@@ -10,9 +10,9 @@ from PIL import Image
 from .errors import SnapGenError, UsageError
 from .files import name_limit
 
-STDOUT = "-"  # an output that is no file
+STDOUT = "-"  # standard output instead of a file
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-WORDS = 60  # characters of a prompt in a name
+WORDS = 60  # characters of a prompt in a file name
 
 
 def file_words(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from .models.interfaces import TextEncoder
 from .settings import Settings
 
-SHOWN = 40  # characters of a text
+SHOWN = 40  # characters of a text that a note shows
 
 
 def notes(s: Settings, encoders: Sequence[TextEncoder], size: int, few_step: bool) -> list[str]:

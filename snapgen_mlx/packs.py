@@ -12,11 +12,11 @@ from .errors import UsageError
 from .files import write_json
 from .sheet import save_sheet
 
-STICKER, STICKER_BYTES = 512, 100_000  # pixels a side, WebP: what messengers take
-EMOJI, EMOJI_BYTES = 128, 256_000  # PNG: what chats take as custom emoji
+STICKER, STICKER_BYTES = 512, 100_000  # side in pixels and bytes of WebP stickers for messengers
+EMOJI, EMOJI_BYTES = 128, 256_000  # side in pixels and bytes of PNG emoji for chats
 ICON_SIZES = (16, 32, 48, 64, 128, 256)
-MARGIN = 0.03  # of the side, kept free around a sticker
-BACKGROUND = 12  # an opaque picture's border may differ so much, of 255, and be background
+MARGIN = 0.03  # part of the side that stays free around a sticker
+BACKGROUND = 12  # largest difference within a border that counts as background, of 255
 
 
 @dataclass

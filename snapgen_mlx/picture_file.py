@@ -15,7 +15,7 @@ from .files import write_new
 from .names import FORMATS
 from .settings import Settings
 
-METADATA_KEY = "snapgen-mlx"  # of the PNG's text
+METADATA_KEY = "snapgen-mlx"  # key of the text in the PNG
 JPEG_QUALITY = 95
 
 # What picture viewers show: macOS's Preview and Photos read the description. The settings are for

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import UsageError
 
-MAX_PROMPTS = 1000  # that one text may stand for
+MAX_PROMPTS = 1000  # prompts that one text may give
 CHOICES = re.compile(r"\{([^{}]*)\}")
 
 

@@ -99,7 +99,7 @@ def denoise(
     """
     B = noise.shape[0]
     guided = guidance != 1.0
-    conditions: Any = dit.condition_text(text, masks, B)  # of the transformer's own kind
+    conditions: Any = dit.condition_text(text, masks, B)  # its type is the transformer's own
     if guided:
         conditions = conditions.join(dit.condition_text(*(negative or ({}, {})), B))
     times: Any = dit.condition_time(mx.array(sigmas[:-1]))

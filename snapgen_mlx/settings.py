@@ -9,7 +9,7 @@ from .errors import UsageError, shown
 from .layout import picture_size
 from .sampling import FEW_STEPS
 
-MAX_PIXELS = 2048  # a side
+MAX_PIXELS = 2048  # largest side in pixels
 MAX_PROMPT = 4000  # characters; the encoders read at most 256 tokens
 
 
@@ -58,9 +58,10 @@ class Settings:
     width: int = 1024  # pixels
     height: int = 1024
     negative: str | None = None
-    strength: float | None = None  # how much of a picture to start from changes, 0 to 1
-    background: str | None = None  # of a transparent picture: white, transparent or #rrggbb
-    vary: str | None = None  # "SEED:AMOUNT": how far the noise is that of another seed
+    strength: float | None = None  # how much of the first picture changes, 0 to 1
+    # Background of a transparent picture: white, transparent or #rrggbb.
+    background: str | None = None
+    vary: str | None = None  # "SEED:AMOUNT": how far the noise moves to that of another seed
 
     def __post_init__(self):
         for name, field in self.__dataclass_fields__.items():

@@ -12,8 +12,8 @@ from .errors import SnapGenError
 from .files import read_json
 from .models.word_tokens import UNKNOWN, WordTokens
 
-WORD_FILES = ("vocab.txt", "emoji.json")  # of a word table; the second may be missing
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # of CLIP
+WORD_FILES = ("vocab.txt", "emoji.json")  # files of a word table; the second may be missing
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"  # CLIP's tokens
 QWEN_TURNS = ("<|im_start|>", "<|im_end|>")
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -8,7 +8,7 @@ from ...tensors.stream import COPY, Step
 from ...tensors.weights import parameter_shapes
 from .interface import Drop
 
-STEPS = 50  # of the published model's own pipeline
+STEPS = 50  # steps of the published model's own pipeline
 # Low bits in modulation, time, input and output make noise that grows with the steps. Modulation
 # is a third of the weights.
 SENSITIVE = ("time_text_embed.", "norm_out.", "proj_out", "img_in", "txt_in")

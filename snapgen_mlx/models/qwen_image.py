@@ -18,7 +18,7 @@ from .attention import EPS, apply_rope, rotations, sdpa
 from .dit import FREQUENCIES, gelu_tanh, modulate
 
 THETA = 10000.0
-MAX_POSITIONS = 4096  # of a text behind the picture's; the original has a table of so many
+MAX_POSITIONS = 4096  # positions of a text after the picture's; the size of the original's table
 # Blocks, and image tokens, that are evaluated at once. It bounds what is in flight, and weights
 # that are read lazily are read group by group, once for a whole batch. So the model cannot be
 # differentiated or compiled: it only teaches.

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from .word_tokens import WordTokens
 
-POSITION_RMS = 0.3  # beside 1 for the words: enough to tell order, too little to hide a word
+POSITION_RMS = 0.3  # words have 1: this is enough to show order and too little to hide a word
 POSITION_BASE = 100  # wavelengths of 6 to 600 tokens (our choice: texts have at most 32)
 
 

@@ -13,8 +13,8 @@ import mlx.nn as nn
 
 from .tiny_decoder import upsample_nearest
 
-CHANNELS = (256, 128, 64, 64)  # of the three stages, and of what is turned into pixels
-LIMIT = 3.0  # of a latent's values; tanh bends them towards it
+CHANNELS = (256, 128, 64, 64)  # channels of the three stages and of the layer that gives pixels
+LIMIT = 3.0  # largest value of a latent; tanh bends values towards it
 
 
 @dataclass

@@ -7,7 +7,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-UNKNOWN = "[UNK]"  # the table's first row; stands for no word and pads shorter texts
+UNKNOWN = "[UNK]"  # first row of the table, for unknown words and padding
 # Variation selectors and skin tones: they change how an emoji looks, not what it is called.
 MODIFIERS = re.compile("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]")
 ENDINGS = re.compile("e?s|'s|i?e?d|i?er|i?ers|i?est|ing|ings|i?ly|i?ness|ations?|y")

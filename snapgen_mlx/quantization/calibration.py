@@ -16,7 +16,7 @@ PROMPTS = [
     *("a dog", "an owl", "a yellow star", "a snowman", "a cup of coffee", "a birthday cake"),
     *("a car", "a house", "a guitar", "a sunflower"),
 ]
-TOKENS = 4096  # denoised at once: those of one picture of 1024²
+TOKENS = 4096  # tokens that are denoised at once: those of one picture of 1024²
 
 
 @dataclass

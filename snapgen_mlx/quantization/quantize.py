@@ -47,11 +47,11 @@ from .tuning import TuningOptions, remove_run, tune
 
 BITS = 4.3
 GEMMA, GEMMA_BITS = Affine(64), 4
-OTHER_BITS = 8  # of palettes outside the recipe: convolutions, LoRAs, the autoencoder, CLIP
-ENTRY, LAYER = 120, 200  # bytes at most: of a tensor in a file's header, of a layer in JSON files
-SEARCH = 7  # halvings of the range of bits for a given PSNR
-PICTURES = 4  # that both autoencoders decode
-CHECKED = 1 << 31  # seed of the noise to check with, which no picture learned from has
+OTHER_BITS = 8  # bits of palettes outside the recipe: convolutions, LoRAs, the autoencoder, CLIP
+ENTRY, LAYER = 120, 200  # most bytes of a tensor in a file's header, and of a layer in JSON files
+SEARCH = 7  # how often the range of bits is halved for a given PSNR
+PICTURES = 4  # pictures that both autoencoders decode
+CHECKED = 1 << 31  # seed of the noise for the check; no training picture has it
 
 
 def quantize(

@@ -23,7 +23,7 @@ from .backends import Backend
 from .calibration import Calibration, load_widths
 from .recipe import quantizable
 
-ROWS = 512  # of a layer's inputs, over all prompts and steps
+ROWS = 512  # rows of a layer's inputs, over all prompts and steps
 EFFECT_PROMPTS = 4
 EFFECT_BITS = 4
 SAVE_SECONDS = 10

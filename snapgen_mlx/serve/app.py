@@ -23,7 +23,7 @@ from .guard import Guard, error_body
 
 STATIC = Path(__file__).parent / "static"
 MAX_ZIP = 1000  # pictures
-SLACK = 60.0  # seconds an answer may take beside drawing
+SLACK = 60.0  # seconds that an answer may take besides drawing
 
 
 def create_app(engine: Engine, token: str | None = None) -> Guard:

@@ -18,7 +18,7 @@ from ..tensors.weights import flat_parameters
 from ..vocabulary import known_words
 from .gallery import Gallery
 
-PIPELINES = 3  # held at once: the widths of one model, side by side
+PIPELINES = 3  # pipelines that are kept at once: the widths of one model
 
 
 class Busy(SnapGenError):

@@ -11,8 +11,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 COOKIE = "snapgen-mlx-token"
 OPEN = ("/health",)  # paths that need no token
 MAX_BODY = 20_000_000  # bytes: a picture of 2048 pixels a side and its mask
-BODY_SECONDS = 30.0  # in which a body must have come
-DRAIN_SECONDS = 1.0  # in which the body of a refused request may still come
+BODY_SECONDS = 30.0  # seconds within which a body must arrive
+DRAIN_SECONDS = 1.0  # seconds within which the body of a refused request may still arrive
 # The page loads nothing from other hosts, and no other page may show or read what is here.
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "

@@ -52,7 +52,7 @@ EDITS = {
         },
     }
 }
-GLANCE = 0.1  # seconds between looks whether a client is still there
+GLANCE = 0.1  # seconds between two checks that a client is still there
 
 
 def error_response(error: Exception) -> JSONResponse:

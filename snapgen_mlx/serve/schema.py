@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import UsageError
 
-MAX_PICTURES = 64  # of one request: prompts times n
+MAX_PICTURES = 64  # pictures in one request: prompts times n
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 NoEffect = Annotated[str | None, Field(description="Accepted for OpenAI's clients; no effect.")]

@@ -10,8 +10,8 @@ from ..errors import SnapGenError
 from .app import create_app
 from .engine import Engine
 
-HEADER_SECONDS = 10  # in which a request's headers must have come
-CONNECTIONS = 512  # at once; more are answered 503
+HEADER_SECONDS = 10  # seconds within which a request's headers must arrive
+CONNECTIONS = 512  # connections at once; more get the answer 503
 
 
 class PatientProtocol(H11Protocol):

@@ -15,8 +15,8 @@ from ..errors import SnapGenError
 
 SUFFIX = ".palette"
 BITS = (2, 3, 4, 5, 6, 8)
-CELLS = 1024  # that k-means starts from
-ITERATIONS = 1000  # at most; a few dozen are usual
+CELLS = 1024  # cells at the start of k-means
+ITERATIONS = 1000  # most iterations; a few dozen are usual
 
 
 def kmeans(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:

@@ -21,8 +21,8 @@ from .readers import Reader
 from .safetensors_io import NAMES, READ_AS, read_header, write_tensors
 from .sharded import split_shards, write_index
 
-SHARD_BYTES = 512 << 20  # an interrupted run loses at most one
-MARGIN = 64 << 20  # disk left free beside the weights
+SHARD_BYTES = 512 << 20  # a stopped run loses at most one shard
+MARGIN = 64 << 20  # bytes of disk that stay free besides the weights
 Entries = dict[str, tuple[mx.Dtype, tuple[int, ...]]]  # what is stored, by key
 
 
@@ -127,7 +127,7 @@ class Component:
     config: dict = field(default_factory=dict)
     reader: Reader
     rows: list[Row] = field(default_factory=list)
-    stem: str = "model"  # of its files' names
+    stem: str = "model"  # stem of its file names
 
     @property
     def nbytes(self) -> int:

@@ -36,7 +36,7 @@ _DCP_CLASSES = {
     **dict.fromkeys(("TensorProperties", "ChunkStorageMetadata"), _DCP + "metadata"),
     "_StorageInfo": _DCP + "filesystem",
 }
-_BUILTINS = ("builtins", "__builtin__")  # the latter by protocol 2
+_BUILTINS = ("builtins", "__builtin__")  # pickle protocol 2 uses the second name
 _PLAIN = ("set", "frozenset", "complex", "slice", "range", "list", "dict", "int", "float", "str")
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _PATHS = ("pathlib", "pathlib._local")

@@ -18,10 +18,10 @@ from ..models.interfaces import Autoencoder, TextEncoder, TextStates
 from ..tensors.safetensors_io import TensorInfo, as_array, numpy_kind, read_header, save_arrays
 from .pictures import Example, load_image
 
-BUCKET_AREA = 0.8  # the least area of a bucket, of the square's
-ENCODE_BATCH = 32  # pictures from one record to the next; texts encoded at once
-ENCODE_PIXELS = 32 * 128 * 128  # encoded at once: one picture of 1024²
-TEXTS = 256  # in a file of text states
+BUCKET_AREA = 0.8  # smallest area of a bucket, as a part of the square's
+ENCODE_BATCH = 32  # pictures between two records; texts that are encoded at once
+ENCODE_PIXELS = 32 * 128 * 128  # pixels that are encoded at once: one picture of 1024²
+TEXTS = 256  # texts in a file of text states
 LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
 
 
@@ -212,7 +212,7 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
         raise SnapGenError(f"cannot read {path}; run the command again to make it new") from e
 
 
-PADDED_TO = {"clip": 77, "gemma": 64, "qwen": 64}  # multiples, tokens
+PADDED_TO = {"clip": 77, "gemma": 64, "qwen": 64}  # lengths are multiples of these, in tokens
 
 
 def encode_text(encoders: Sequence[TextStates], prompts: list[str]) -> tuple[dict, dict]:

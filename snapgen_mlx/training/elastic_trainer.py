@@ -29,7 +29,7 @@ RATIO_RANGE = (0.2, 5.0)
 
 @dataclass
 class ElasticOptions(AdamOptions):
-    shift: float = 1.0  # of the training timesteps; ``finetune`` sets ``training_shift``
+    shift: float = 1.0  # shift of the training timesteps; ``finetune`` sets ``training_shift``
     distill: float = 1.0  # weight of Eq. 5
     adaptive: bool = True
     subnets: str = "one"  # narrower widths per step: one drawn uniformly, or "all" (sandwich rule)

@@ -27,7 +27,7 @@ from .teacher import Teacher, teach
 from .training_memory import TrainingMemory
 from .watch import SEEDS, Watch
 
-CAPTIONS = 4  # that a run is watched by
+CAPTIONS = 4  # captions that a run is watched by
 
 
 def distill_few_steps(

@@ -26,7 +26,7 @@ from .teacher import Teacher, velocity_and_tokens
 SHIFT = FEW_STEPS["shift"]
 SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
 TAU_RANGE = (0.02, 0.98)
-BINS = 4  # of tau, in which the critic's loss is reported
+BINS = 4  # ranges of tau for which the critic's loss is reported
 
 
 @dataclass
@@ -35,12 +35,12 @@ class KDMDOptions(AdamOptions):
     warmup: int = 20
     final_rate: float = 1.0
     ema: float = 0.99
-    average_from: int = 200  # the step from which the student's mean is kept
+    average_from: int = 200  # step at which the student's running mean begins
     lora: int = 64  # rank of the LoRAs
-    loss: str = "kdmd"  # or "dmd", or "kd" (the 4-step teacher, or the guided one, alone)
-    critic_steps: int = 5  # steps of the critic to one of the student
-    guidance: float = 4.0  # of the teacher
-    noised_real: bool = False  # x_t from real latents, not from the student's own steps
+    loss: str = "kdmd"  # "kdmd", "dmd", or "kd": only the 4-step or guided teacher
+    critic_steps: int = 5  # critic steps for each student step
+    guidance: float = 4.0  # guidance of the teacher
+    noised_real: bool = False  # x_t comes from real latents, not from the student's own steps
 
 
 def sample_taus(key: mx.array, batch: int) -> mx.array:

@@ -33,7 +33,7 @@ class RunOptions:
     batch: int = 32
     text_dropout: float = 0.1
     seed: int = 0
-    minutes: float | None = None  # stop after this long; the state is kept
+    minutes: float | None = None  # minutes after which the run stops; the state is kept
     save_minutes: float = 3.0
     log_every: int = 50
     validate_every: int = 500

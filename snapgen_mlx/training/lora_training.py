@@ -22,9 +22,9 @@ from ..models.elastic import random_supernet
 from ..tensors.affine import float_weight
 from ..tensors.safetensors_io import save_arrays
 
-SCALE = 2.0  # alpha / rank, as of the paper's rank 64 with alpha 128
+SCALE = 2.0  # alpha / rank, as in the paper: rank 64 with alpha 128
 STAGES = ("down", "mid", "up")
-TRIGGERS = 20  # captions named in a file
+TRIGGERS = 20  # captions that a file names
 LAYERS = ("to_q", "to_k", "to_v", "to_out", "fc1", "fc2")
 
 

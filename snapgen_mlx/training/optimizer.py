@@ -14,12 +14,12 @@ class AdamOptions:
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 100
     steps: int = 1000
-    final_rate: float = 0.05  # of the learning rate, at the end of the cosine
+    final_rate: float = 0.05  # part of the learning rate that is left at the end of the cosine
     clip: float = 1.0
-    ema: float = 0.999  # 0: no average is kept
+    ema: float = 0.999  # decay of the running mean; 0 for none
     accumulate: int = 1  # micro-batches that a step's batch is split into
-    checkpoint: bool = False  # blocks are computed again for their gradients: less memory
-    offload: bool = False  # a teacher's weights are in memory only while it is asked
+    checkpoint: bool = False  # compute blocks again for their gradients, to save memory
+    offload: bool = False  # keep a teacher's weights in memory only while it computes
     lora: int | None = None  # rank; None trains all weights
 
 

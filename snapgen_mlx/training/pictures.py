@@ -21,7 +21,7 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
 
 SRGB = ImageCms.createProfile("sRGB")
-HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what such a file has after four bytes
+HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what a HEIC file has after its first four bytes
 # Of a PNG's text and colour profile: workflows of several MB are common.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 

@@ -18,9 +18,9 @@ from .elastic_trainer import ElasticTrainer
 from .loop import LOG, RunOptions
 
 PROMPTS = 8
-CELL = 256  # pixels, the most of a picture's side in a grid
+CELL = 256  # largest side of a picture in a grid, in pixels
 FONT = 12
-PLOT_SECONDS = 60  # between plots that no validation asks for
+PLOT_SECONDS = 60  # seconds between plots without a validation
 
 
 class Report:

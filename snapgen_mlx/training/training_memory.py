@@ -26,8 +26,8 @@ from .lora_training import lora_params
 from .optimizer import AdamOptions
 
 Options = TypeVar("Options", bound=AdamOptions)
-ANSWERS = 512 << 20  # bytes of an offloaded teacher's answers that are held at once
-UPDATE = 0.85  # of all trained weights: what Adam's step holds beside its state and gradients
+ANSWERS = 512 << 20  # bytes of an offloaded teacher's outputs that are kept at once
+UPDATE = 0.85  # part of the trained weights that Adam's step needs beside its state and gradients
 
 
 def flags(options: AdamOptions, other: AdamOptions) -> str:

@@ -19,7 +19,7 @@ from ..sampling import schedule
 from .kdmd import SHIFT, KDMDTrainer
 
 SEEDS = 4  # pictures of each caption that a run is watched by
-REFERENCE_STEPS = 16  # of the guided teacher, for the pictures to compare with
+REFERENCE_STEPS = 16  # steps of the guided teacher, which draws the pictures to compare with
 # Beyond these, against the teacher's pictures, a run has failed, unless it began beyond them.
 MOST_STD, MOST_COLOUR, LEAST_SPREAD = 1.3, 1.5, 0.4
 
