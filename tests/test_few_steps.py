@@ -11,8 +11,12 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.convert.to_pytorch import export
+from snapgen_mlx.digest import base_digest
+from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.hub import embedded_model
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_dit
+from snapgen_mlx.lora_file import LoRAFile
 from snapgen_mlx.picture_file import read_metadata
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.settings import Settings
@@ -136,3 +140,29 @@ def test_load_dit_is_the_base(model):
     with_lora = Pipeline.load(model, "tiny").dit
     ours, theirs = (dit.down[0].attn.to_q.weight for dit in (load_dit(model, "tiny"), with_lora))
     assert not mx.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small", "full"])
+def test_the_shipped_loras_say_what_they_are_for(tmp_path, variant):
+    folder = embedded_model()
+    path = folder / "few_step" / f"{variant}.safetensors"
+    about = LoRAFile.read(path).about
+    rank = 16 if variant == "full" else 24
+    assert about == {
+        **{"base": base_digest(folder), "widths": [variant], "captions": []},
+        **{"rank": rank, "alpha": 2 * rank},
+    }
+    other = "tiny" if variant == "full" else "full"
+    args = ["generate", "a cat", "--lora", str(path), "-o", str(tmp_path / "a.png")]
+    result = CliRunner().invoke(main, [*args, "--variant", other, "--base", "--steps", "1"])
+    assert result.exit_code == 1 and not (tmp_path / "a.png").exists()
+    assert f"made for the width {variant} alone, not for {other}" in result.stderr
+    fits = CliRunner().invoke(main, [*args, "--variant", variant, "--base", "--steps", "1"])
+    assert fits.exit_code == 0
+
+
+def test_a_shipped_lora_under_another_widths_name_is_refused(tmp_path):
+    model = shutil.copytree(embedded_model(), tmp_path / "model")
+    shutil.copy(model / "few_step" / "small.safetensors", model / "few_step" / "tiny.safetensors")
+    with pytest.raises(SnapGenError, match="made for the width small alone, not for tiny"):
+        Pipeline.load(model, "tiny").generate("a cat", steps=1)
