@@ -182,10 +182,16 @@ def speaker():
     return click.echo if mx.distributed.init().rank() == 0 else lambda *_, **__: None
 
 
-def check_output(output, resume: bool) -> None:
-    """Raise UsageError without --output, and when --resume finds no run."""
+def check_output(output, resume: bool, *data) -> None:
+    """Raise UsageError without --output, where it lies in ``data``, folders of pictures (or None),
+    and when --resume finds no run."""
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    for folder in data:
+        if folder and Path(output).resolve().is_relative_to(Path(folder).resolve()):
+            raise click.UsageError(
+                f"{output} lies in the pictures of {folder}; choose another folder"
+            )
     if resume and not any(Path(output, "run").glob("state-*.json")):
         raise click.UsageError(f"there is no run in {output} to resume; leave out --resume")
 
@@ -206,6 +212,20 @@ def read_pictures(folder, caption: str | None, skip_bad: bool, echo=click.echo) 
     if bad:
         echo(f"{folder}: left out {len(bad)} pictures: {name_first(bad)}", err=True)
     return examples
+
+
+def left_out_loras(model: Path, output, lora: bool) -> str | None:
+    """A line for a training of all weights, after which a model's few-step LoRAs fit no more."""
+    from snapgen_mlx.layout import few_step_loras
+
+    names = [file.stem for file in few_step_loras(model)]
+    if lora or not names:
+        return None
+    return (
+        f"left out the few-step LoRAs ({', '.join(names)}), which fit the weights before: {output} "
+        f"draws in many steps; make new ones with: snapgen-mlx distill {output} DATA --method kdmd "
+        "--loss kd --variant WIDTH -o DIR"
+    )
 
 
 def encoded(record: dict) -> str:

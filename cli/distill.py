@@ -11,6 +11,7 @@ from .arguments import (
     data_options,
     explain_option,
     learning_rate_option,
+    left_out_loras,
     model_argument,
     output_option,
     rank_option,
@@ -125,7 +126,7 @@ def distill(
     and pictures of the run. Ctrl-C stops it, and the same command goes on where it stopped.
     """
     if not explain:
-        check_output(output, resume)
+        check_output(output, resume, data, validation)
     context = click.get_current_context()
     for name in OF_KDMD if method == "kd" else OF_KD:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -158,6 +159,7 @@ def distill(
     options: AdamOptions = options_of(KDOptions if method == "kd" else KDMDOptions)
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
     run.sample_every = run.validate_every = sample_every
+    run.extend = resume
 
     def source_and_teacher():
         source = resolve_model(model)
@@ -192,3 +194,6 @@ def distill(
 
     follow(start, options.steps, run, echo)
     echo(f"wrote {output}")
+    whole = isinstance(options, KDOptions) and not options.lora
+    if note := left_out_loras(resolve_model(model), output, not whole):
+        echo(note, err=True)

@@ -7,6 +7,7 @@ from .arguments import (
     data_options,
     explain_option,
     learning_rate_option,
+    left_out_loras,
     model_argument,
     output_option,
     rank_option,
@@ -28,6 +29,18 @@ from .training_run import explanation, follow
 @rank_option("Train a LoRA of this rank instead of all weights.")
 @data_options
 @training_options
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 9999),
+    default=1,
+    show_default=True,
+    help="Draw each picture of DATA so many times as often as one of --prior.",
+)
+@click.option(
+    "--from-lora",
+    type=click.Path(exists=True),
+    help="Go on from this LoRA; without --lora it keeps its rank.",
+)
 @validation_option("Folder of held-out pictures.")
 @click.option("--flip", is_flag=True, help="Mirror pictures at random.")
 @click.option(
@@ -53,6 +66,8 @@ def finetune(
     output,
     caption,
     skip_bad,
+    repeats,
+    from_lora,
     validation,
     flip,
     prior,
@@ -76,12 +91,13 @@ def finetune(
     every width, at the end beside those from before the training.
     """
     if not explain:
-        check_output(output, resume)
+        check_output(output, resume, data, validation)
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.prompts import read_prompts
     from snapgen_mlx.training.elastic_trainer import ElasticOptions
     from snapgen_mlx.training.finetune import finetune as run
     from snapgen_mlx.training.loop import RunOptions
+    from snapgen_mlx.training.lora_training import read_lora
     from snapgen_mlx.training.report import can_plot
     from snapgen_mlx.training.training_memory import TrainingMemory
 
@@ -90,7 +106,12 @@ def finetune(
     options = RunOptions(
         batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
     )
+    options.extend = resume
+    if repeats > 1 and not prior:
+        echo("--repeats changes nothing without --prior: all pictures are drawn as often", err=True)
     if explain:
+        if from_lora:
+            elastic.lora = read_lora(from_lora, resolve_model(model), elastic.lora)[0]
         echo(explanation(TrainingMemory.from_model(resolve_model(model)), elastic, options))
         return
     if not can_plot():
@@ -98,10 +119,25 @@ def finetune(
 
     def start(stop):
         examples = read_pictures(data, caption, skip_bad, echo)
+        for example in examples:
+            example.repeats *= repeats
         held_out = read_pictures(validation, caption, skip_bad, echo) if validation else None
         prompts = read_prompts(prior) if prior else None
         source = resolve_model(model)
-        return run(source, examples, output, options, elastic, held_out, flip, prompts, stop)
+        return run(
+            source,
+            examples,
+            output,
+            options,
+            elastic,
+            held_out,
+            flip,
+            prompts,
+            stop,
+            from_lora=from_lora,
+        )
 
     follow(start, elastic.steps, options, echo)
     echo(f"wrote {output}")
+    if note := left_out_loras(resolve_model(model), output, bool(elastic.lora or from_lora)):
+        echo(note, err=True)

@@ -56,9 +56,9 @@ def explanation(memory, options, run) -> str:
 
     from snapgen_mlx.device import usable_memory
     from snapgen_mlx.errors import format_bytes
-    from snapgen_mlx.training.loop import check_batch
+    from snapgen_mlx.training.loop import check_run
 
-    check_batch(run, options)
+    check_run(run, options)
     batch, usable = run.batch // mx.distributed.init().size(), usable_memory()
     lines = [("as asked", options), *memory.alternatives(options, batch)]
     width = max(len(flags) for flags, _ in lines)

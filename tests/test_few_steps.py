@@ -156,7 +156,7 @@ def test_the_shipped_loras_say_what_they_are_for(tmp_path, variant):
     args = ["generate", "a cat", "--lora", str(path), "-o", str(tmp_path / "a.png")]
     result = CliRunner().invoke(main, [*args, "--variant", other, "--base", "--steps", "1"])
     assert result.exit_code == 1 and not (tmp_path / "a.png").exists()
-    assert f"made for the width {variant} alone, not for {other}" in result.stderr
+    assert f"made only for width {variant}, not for {other}" in result.stderr
     fits = CliRunner().invoke(main, [*args, "--variant", variant, "--base", "--steps", "1"])
     assert fits.exit_code == 0
 
@@ -164,5 +164,5 @@ def test_the_shipped_loras_say_what_they_are_for(tmp_path, variant):
 def test_a_shipped_lora_under_another_widths_name_is_refused(tmp_path):
     model = shutil.copytree(embedded_model(), tmp_path / "model")
     shutil.copy(model / "few_step" / "small.safetensors", model / "few_step" / "tiny.safetensors")
-    with pytest.raises(SnapGenError, match="made for the width small alone, not for tiny"):
+    with pytest.raises(SnapGenError, match="made only for width small, not for tiny"):
         Pipeline.load(model, "tiny").generate("a cat", steps=1)

@@ -604,7 +604,7 @@ def test_text_states_that_are_gone(tmp_path):
     (file,) = tmp_path.iterdir()
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-20]), file.unlink):
         damage()
-        with pytest.raises(SnapGenError, match=r"cannot read .*safetensors; start again"):
+        with pytest.raises(SnapGenError, match=r"cannot read .*safetensors; run the command again"):
             cached.encode(["a", "b"])
 
 

@@ -230,7 +230,8 @@ class LatentDataset:
     """Latents with captions; a batch is of one bucket and depends on (seed, step) alone.
 
     latents: N arrays (h, w, C), whose shapes make the buckets; captions: the phrasings of each;
-    mirrored: the latents of the mirrored pictures, where these are drawn as often.
+    mirrored: the latents of the mirrored pictures, where these are drawn as often; repeats: how
+    often each picture is drawn, beside the others.
     """
 
     def __init__(
@@ -239,12 +240,13 @@ class LatentDataset:
         captions: list[list[str]],
         encoders: Sequence[TextStates],
         mirrored: Sequence[np.ndarray] | None = None,
+        repeats: Sequence[int] | None = None,
     ):
         self.latents, self.captions, self.encoders = latents, captions, encoders
-        self.mirrored = mirrored
+        self.mirrored, self.repeats = mirrored, list(repeats or [1] * len(latents))
         buckets: dict[tuple[int, ...], list[int]] = {}
         for i, a in enumerate(latents):
-            buckets.setdefault(a.shape, []).append(i)
+            buckets.setdefault(a.shape, []).extend([i] * self.repeats[i])
         self.buckets = [np.array(rows) for rows in buckets.values()]
 
     @property
@@ -255,6 +257,8 @@ class LatentDataset:
             for a in () if latents is None else latents:
                 digest.update(np.ascontiguousarray(a).data)
         digest.update(json.dumps(self.captions).encode())
+        if set(self.repeats) != {1}:
+            digest.update(json.dumps(self.repeats).encode())
         return digest.hexdigest()
 
     def text(self, prompts: list[str]) -> tuple[dict, dict]:
@@ -262,7 +266,8 @@ class LatentDataset:
         return encode_text(self.encoders, prompts)
 
     def batch(self, rng: np.random.Generator, size: int, dropout: float = 0.0):
-        """Draw a batch from one bucket. Buckets with more pictures are drawn more often.
+        """Draw a batch from one bucket. Buckets with more pictures are drawn more often; a picture
+        counts as often as it is repeated.
 
         Args:
             rng: source of random numbers.

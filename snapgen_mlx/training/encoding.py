@@ -83,7 +83,7 @@ def encode_data(
 
     Args:
         model: folder.
-        parts: lists of examples. Only the first part is flipped and gets the prior.
+        parts: lists of examples. Only the first part is flipped, repeated, and gets the prior.
         cache: folder.
         flip: also encode the mirrored pictures.
         prior: prompts for ``draw_prior``.
@@ -120,9 +120,11 @@ def encode_data(
     captions[0] += [[prompt] for prompt in prior]
     texts = [text for part in captions for of_picture in part for text in of_picture]
     encoders = yield from encode_texts(model, text_encoders, texts, cache)
+    repeats: list[list[int] | None] = [None] * len(parts)
+    repeats[0] = [e.repeats for e in parts[0]] + [1] * len(prior)
     return [
-        LatentDataset(x0, texts, encoders, turned)
-        for x0, texts, turned in zip(latents, captions, mirrored, strict=True)
+        LatentDataset(x0, texts, encoders, turned, counts)
+        for x0, texts, turned, counts in zip(latents, captions, mirrored, repeats, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from ..device import training_dtype
 from ..errors import UsageError
@@ -18,7 +19,7 @@ from .checkpoint import fingerprint
 from .data import LatentDataset
 from .encoding import encode_data, encode_prompts
 from .kdmd import KDMDOptions, KDMDTrainer
-from .loop import LOG, RunOptions, check_batch, train
+from .loop import LOG, RunOptions, check_run, train
 from .lora_training import about_training, attach_lora, lora_change, lora_params, save_lora
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
@@ -53,7 +54,7 @@ def distill_few_steps(
     model, output = Path(model), Path(output)
     world = mx.distributed.init()
     check_output(model, output)
-    check_batch(options, kdmd)
+    check_run(options, kdmd)
     dit = load_dit(model, variant, training_dtype())
     variant = dit.config.variants[0]
     few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
@@ -101,7 +102,7 @@ def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> Trai
 
 def to_watch(data: LatentDataset) -> LatentDataset:
     """A few captions of ``data``, evenly spread, each SEEDS times in a row."""
-    bucket = data.buckets[0]
+    bucket = np.unique(data.buckets[0])
     n = min(CAPTIONS, len(bucket))
     rows = [bucket[i * len(bucket) // n] for i in range(n) for _ in range(SEEDS)]
     captions = [data.captions[i] for i in rows]

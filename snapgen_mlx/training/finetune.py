@@ -8,8 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..device import scalar, training_dtype
+from ..errors import UsageError
+from ..files import file_sha256
 from ..layout import load_config, picture_size
 from ..loading import load_dit, load_dit_config, load_float_supernet
+from ..lora_file import find_file
 from ..models.elastic import empty_models, slice_flat
 from ..tensors.weights import assign
 from .checkpoint import fingerprint
@@ -17,8 +20,15 @@ from .distill import KDTrainer, without_projectors
 from .elastic_trainer import ElasticOptions, ElasticTrainer
 from .encoding import encode_data
 from .flow_matching import training_shift
-from .loop import RunOptions, check_batch, train
-from .lora_training import about_training, attach_lora, lora_change, lora_params, save_lora
+from .loop import RunOptions, check_run, train
+from .lora_training import (
+    about_training,
+    attach_lora,
+    lora_change,
+    lora_params,
+    read_lora,
+    save_lora,
+)
 from .optimizer import global_norm
 from .output import LORA, check_output, nothing_changed, write_model
 from .pictures import Example
@@ -38,6 +48,7 @@ def finetune(
     prior: list[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
     teacher: Teacher | None = None,
+    from_lora=None,
 ) -> Iterator[dict]:
     """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
 
@@ -45,7 +56,8 @@ def finetune(
 
     Before them come records of pictures and captions encoded (``encode_data``), after them
     ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
-    their draws; ``prior``: prompts for ``draw_prior``. Writes the averaged weights to ``output``,
+    their draws; ``prior``: prompts for ``draw_prior``; ``from_lora``: a file to go on from, whose
+    rank counts where ``elastic`` gives none. Writes the averaged weights to ``output``,
     unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all weights as a model in floats
     with everything else of ``model`` beside them. The run's state lies in ``output/run`` and is
     resumed from there, with what ``Report`` draws; latents and text states in ``output/cache``.
@@ -53,14 +65,22 @@ def finetune(
     """
     model, output = Path(model), Path(output)
     check_output(model, output)
-    check_batch(options, elastic)
+    start = None
+    if from_lora:
+        if Path(from_lora).resolve().is_relative_to(output.resolve()):
+            raise UsageError(f"{from_lora} lies in {output}; go on with --resume there")
+        rank, start = read_lora(from_lora, model, elastic.lora)
+        elastic = replace(elastic, lora=rank)
+    check_run(options, elastic)
     processes = mx.distributed.init().size()
     memory = TrainingMemory.from_model(model, teacher.memory if teacher else None)
     own_batch = -(-options.batch // processes)
     memory.check(elastic, own_batch)
     size = picture_size(load_config(model))
     elastic = replace(elastic, shift=training_shift(size))
-    trainer = make_trainer(model, elastic, options.seed, teacher)
+    trainer = make_trainer(model, elastic, options.seed, teacher, start)
+    if from_lora:
+        trainer.base += file_sha256(find_file(from_lora))
     trainer.ahead = memory.ahead(elastic, own_batch)
     parts = [part for part in (examples, validation) if part]
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
@@ -82,15 +102,15 @@ def finetune(
         return
 
     # Not the averaged ones, which rounding changes even when training does not.
-    if not all(weight_change(model, trainer, trainer.weights.params).values()):
+    if not all(weight_change(model, trainer, trainer.weights.params, start).values()):
         raise nothing_changed("weight", record)
     weights = without_projectors(trainer.weights.mean)
-    change = weight_change(model, trainer, weights)
+    change = weight_change(model, trainer, weights, start)
     yield {f"change/{name}": value for name, value in change.items()}
-    rank = elastic.lora
-    before = (
-        lora_params(trainer.config, rank, options.seed) if rank else load_float_supernet(model)[1]
-    )
+    if not elastic.lora:
+        before = load_float_supernet(model)[1]
+    else:
+        before = start or lora_params(trainer.config, elastic.lora, options.seed)
     if pictures := report.picture_change(trainer, before):
         if not any(pictures.values()):
             raise nothing_changed("picture", record)
@@ -104,7 +124,11 @@ def finetune(
 
 
 def make_trainer(
-    model: Path, options: ElasticOptions, seed: int, teacher: Teacher | None = None
+    model: Path,
+    options: ElasticOptions,
+    seed: int,
+    teacher: Teacher | None = None,
+    start: dict[str, mx.array] | None = None,
 ) -> ElasticTrainer:
     """A trainer of all weights of a model folder in float32, or of LoRA matrices beside them.
 
@@ -113,6 +137,7 @@ def make_trainer(
         options: of the training.
         seed: of the LoRA matrices.
         teacher: to learn from too; None for none.
+        start: LoRA matrices to go on from; None for fresh ones.
 
     Raises:
         SnapGenError: weights are damaged or belong to another model.
@@ -128,18 +153,27 @@ def make_trainer(
         return make(config, params, options, base=base)
     config = load_dit_config(model)
     models = [load_dit(model, name, training_dtype()) for name in config.variants]
-    params = lora_params(config, options.lora, seed)
+    params = start or lora_params(config, options.lora, seed)
     for i, dit in enumerate(models):
         attach_lora(dit, slice_flat(params, config, i))
     return make(config, params, options, models, base)
 
 
-def weight_change(model: Path, trainer: ElasticTrainer, params: dict) -> dict[str, float]:
-    """|after - before| / |before| of each width's weights, or of those that a LoRA updates."""
+def weight_change(
+    model: Path, trainer: ElasticTrainer, params: dict, start: dict | None = None
+) -> dict[str, float]:
+    """|after - before| / |before| of each width's weights, or of those that a LoRA updates.
+
+    Args: start, the LoRA's matrices before, where they were not fresh.
+    """
     config = trainer.config
+    change: dict[str, float] = {}
     if trainer.options.lora:
-        return {v: lora_change(trainer.bind(i, params)) for i, v in enumerate(config.variants)}
-    change, before = {}, load_float_supernet(model)[1]
+        for i, name in enumerate(config.variants):
+            own = slice_flat(start, config, i) if start else None
+            change[name] = lora_change(trainer.bind(i, params), own)
+        return change
+    before = load_float_supernet(model)[1]
     for i, name in enumerate(config.variants):
         old, new = (
             {k: a.astype(mx.float32) for k, a in slice_flat(p, config, i).items()}

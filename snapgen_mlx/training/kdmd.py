@@ -42,6 +42,16 @@ class KDMDOptions(AdamOptions):
     guidance: float = 4.0  # guidance of the teacher
     noised_real: bool = False  # x_t comes from real latents, not from the student's own steps
 
+    @property
+    def turns(self) -> int:
+        """Steps to one of the student's."""
+        return 1 if self.loss == "kd" else self.critic_steps
+
+    @property
+    def least_steps(self) -> int:
+        """The fewest steps that change the student."""
+        return self.turns * (2 if self.warmup // self.turns else 1)
+
 
 def sample_taus(key: mx.array, batch: int) -> mx.array:
     """tau (B,): uniform, shifted as the sampler's sigmas are, within TAU_RANGE."""
@@ -103,7 +113,7 @@ class KDMDTrainer:
         if o.loss != "dmd":
             phi = projector(model.config.hidden_size, teacher.features, mx.random.key(seed))
             params |= {f"{PROJECTOR}.0.{name}": a for name, a in phi.items()}
-        turns = 1 if o.loss == "kd" else o.critic_steps
+        turns = o.turns
         own = replace(o, steps=o.steps // turns, warmup=o.warmup // turns)
         self.turns = turns
         self.student = LoRAWeights(params, own, o.average_from // turns)

@@ -24,7 +24,7 @@ LOG = "log.jsonl"
 # Options that a run may go on with others of: they change nothing but, some, how sums round.
 NO_MATTER = (
     *("minutes", "save_minutes", "log_every", "validate_every", "sample_every"),
-    *("accumulate", "checkpoint", "offload"),
+    *("accumulate", "checkpoint", "offload", "extend"),
 )
 
 
@@ -38,6 +38,7 @@ class RunOptions:
     log_every: int = 50
     validate_every: int = 500
     sample_every: int = 500  # steps between pictures of ``report.Report``; 0 for none
+    extend: bool = False  # a finished run may go on to more steps
 
 
 class Inputs(NamedTuple):
@@ -96,7 +97,8 @@ def train(
 
     A run resumes from the newest whole state in ``run``. All random numbers of a step follow from
     (seed, step), so a resumed run repeats one without a stop. Validation uses the averaged weights
-    on fixed noise.
+    on fixed noise. With ``extend`` a finished run goes on to more steps, at the learning rates that
+    a run of so many steps has from there on.
 
     Args:
         trainer: makes the steps.
@@ -130,7 +132,7 @@ def _train(
     set_limits()
     o, steps = options, trainer.options.steps
     world = mx.distributed.init()
-    check_batch(o, trainer.options)
+    check_run(o, trainer.options)
     settings = asdict(o) | asdict(trainer.options)
     for name in NO_MATTER:
         settings.pop(name)
@@ -139,7 +141,9 @@ def _train(
     window: list[dict[str, float]] = []  # metrics since the last record
     if state := load_state(run):
         arrays, info = state
-        _check_identity(run, info, json.loads(json.dumps(identity)))
+        finished = info.get("options", {}).get("steps") == info["step"]
+        extends = o.extend and finished and steps > info["step"]
+        _check_identity(run, info, json.loads(json.dumps(identity)), extends)
         # In the order of a fresh trainer: norms sum over arrays, and round by their order.
         trainer.restore({key: arrays[key] for key in trainer.state()})
         step, window = info["step"], info.get("window", [])
@@ -209,8 +213,16 @@ def _inputs(trainer: Trainer, data: LatentDataset, o: RunOptions, step: int) -> 
     return Inputs(x0[mine], text, masks, noise, choice)
 
 
-def check_batch(options: RunOptions, adam: AdamOptions) -> None:
-    """Raises UsageError for a batch that does not divide into its parts."""
+def check_run(options: RunOptions, adam: AdamOptions) -> None:
+    """Raises UsageError for a batch that does not divide into its parts, and for too few steps."""
+    if adam.steps < adam.least_steps:
+        why = "the learning rate begins at 0"
+        if adam.least_steps > 2:
+            why = "the student learns only after several steps of the critic"
+        raise UsageError(
+            f"a training of {adam.steps} steps changes nothing, since {why}; give --steps "
+            f"{adam.least_steps} or more"
+        )
     size = mx.distributed.init().size()
     if options.batch % (size * adam.accumulate):
         each = f" on each of {size} processes" if size > 1 else ""
@@ -219,23 +231,33 @@ def check_batch(options: RunOptions, adam: AdamOptions) -> None:
         )
 
 
-def _check_identity(run, info: dict, identity: dict) -> None:
-    """Raises SnapGenError that says in what a state differs from this run."""
+def _check_identity(run, info: dict, identity: dict, extends: bool) -> None:
+    """Raises SnapGenError that says in what a state differs from this run.
+
+    Args: extends, whether it is to have more steps than that of the state.
+    """
     for name, now in identity.items():
         before: dict = info.get(name, {})
         if name == "options":
             before = {k: before.get(k) for k in now}
+            if extends:
+                before["steps"] = now["steps"]
         if before == now:
             continue
         what = {
-            "data": "other pictures or captions, or with another --flip or --prior",
+            "data": "other pictures or captions, or with another --flip, --prior or --repeats",
             "model": "another width, or a model of other sizes",
-            "base": "other weights of the model",
+            "base": "other weights of the model, or another --from-lora",
             "teacher": "another teacher",
         }
         if name == "options":
             differ = [k for k in now if before.get(k) != now[k]]
             what["options"] = ", ".join(f"{k} {before.get(k)}, not {now[k]}" for k in differ)
+            if differ == ["steps"] and info["step"] == before["steps"] < now["steps"]:
+                raise SnapGenError(
+                    f"the run in {run} is finished after {before['steps']} steps; --resume makes "
+                    f"it go on to {now['steps']}"
+                )
         raise SnapGenError(
             f"the run in {run} was started with {what[name]}; go on with the same as then, or "
             "train into another folder"

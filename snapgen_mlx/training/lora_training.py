@@ -15,7 +15,9 @@ from mlx.utils import tree_unflatten
 from ..config import DiTConfig
 from ..device import scalar
 from ..digest import base_digest
-from ..lora import LoRALinear, Update
+from ..errors import UsageError, name_keys
+from ..loading import load_dit_config
+from ..lora import LoRALinear, Update, load_lora
 from ..lora_file import ABOUT
 from ..models.dit import DiT
 from ..models.elastic import random_supernet
@@ -71,12 +73,19 @@ def lora_layers(model: DiT) -> dict[str, LoRALinear]:
     return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def lora_change(model: DiT) -> float:
-    """|scale · B A| / |W| over the layers that have a LoRA."""
+def lora_change(model: DiT, start: dict[str, mx.array] | None = None) -> float:
+    """|scale · B A| / |W| over the layers that have a LoRA.
+
+    Args: start, matrices of this width from which it began: their update is no change.
+    """
     change: list[mx.array] = []
     total: list[mx.array] = []
-    for layer in lora_layers(model).values():
-        update = layer.scale * layer.lora_b @ layer.lora_a
+    for path, layer in lora_layers(model).items():
+        update = layer.lora_b @ layer.lora_a
+        if start:
+            a, b = (start[f"{path}.lora_{part}"].astype(update.dtype) for part in "ab")
+            update = update - b @ a
+        update = layer.scale * update
         change.append(update.astype(mx.float32).square().sum())
         total.append(float_weight(layer.linear).astype(mx.float32).square().sum())
     zero = mx.array(0.0)
@@ -99,6 +108,33 @@ def save_lora(path, params: dict[str, mx.array], about: dict[str, Any] | None = 
     rank = min(len(a) for key, a in params.items() if key.endswith(".lora_a"))
     about = {**(about or {}), "rank": rank, "alpha": SCALE * rank}
     save_arrays(path, tensors, {ABOUT: json.dumps(about)})
+
+
+def read_lora(path, model: Path, rank: int | None) -> tuple[int, dict[str, mx.array]]:
+    """(rank, matrices as ``lora_params``) of a LoRA file of all widths, to go on from.
+
+    Raises SnapGenError for a LoRA of another model or of one width alone, and UsageError for one
+    that changes what is not trained, or of another ``rank``.
+    """
+    config = load_dit_config(model)
+    updates = load_lora(path, config, None, base=model)
+    ranks = sorted({len(update.a) for update in updates.values()})
+    if len(ranks) > 1 or rank not in (None, ranks[0]):
+        found = " and ".join(map(str, ranks))
+        raise UsageError(
+            f"{path} has the rank {found}, and can go on with one rank alone"
+            + (f", not with --lora {rank}" if rank else "")
+        )
+    params = lora_params(config, ranks[0])
+    layers = {key.rpartition(".")[0] for key in params}
+    if others := updates.keys() - layers:
+        raise UsageError(
+            f"{path} changes {name_keys(others)}, which is not trained here: only attention and "
+            "feed-forward layers are"
+        )
+    for layer, update in updates.items():
+        params[f"{layer}.lora_a"], params[f"{layer}.lora_b"] = update.a, update.b / SCALE
+    return ranks[0], params
 
 
 def about_training(model: Path, widths: list[str], captions: Iterable[str]) -> dict[str, Any]:

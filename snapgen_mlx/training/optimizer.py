@@ -22,6 +22,11 @@ class AdamOptions:
     offload: bool = False  # keep a teacher's weights in memory only while it computes
     lora: int | None = None  # rank; None trains all weights
 
+    @property
+    def least_steps(self) -> int:
+        """The fewest steps that change a weight: a warm-up begins at the learning rate 0."""
+        return 2 if self.warmup else 1
+
 
 def global_norm(grads: dict) -> mx.array:
     """Euclidean norm over all arrays of a flat dictionary."""

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from ..errors import SnapGenError
 METADATA = ("metadata.jsonl", "metadata.csv")
 SIDECARS = (".txt", ".caption")
 LITTER = {".DS_Store", "__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini"}
+REPEATED = re.compile(r"(?P<repeats>[1-9]\d{0,3})_(?P<name>.+)")  # a folder of sd-scripts
 # Columns by their usual names, the best first.
 FILE_NAME, TEXT = ("file_name", "image"), ("text", "caption", "prompt")
 # Names under which pictures go around; others are looked into.
@@ -37,7 +39,7 @@ def rows(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
     elif table.is_file():
         found = _table(table)
     else:
-        found = _sidecars(folder)
+        found = _all_sidecars(folder)
     for place, row in found:
         if not _is_litter(row):
             yield place, row
@@ -62,7 +64,9 @@ def left_out(folder) -> list[str]:
         elif file.suffix.lower() in UNREAD:
             why[f"are {file.suffix.lower()}, which is not read; save them as PNG or JPEG"] += 1
         elif is_picture(file):
-            below = "stand in folders below; name them in metadata.jsonl"
+            below = (
+                "stand in folders below; name them in metadata.jsonl, or call the folder 1_CAPTION"
+            )
             why[f"are not named in {listed}" if listed else below] += 1
     return [f"{n} {reason}" for reason, n in why.items()]
 
@@ -176,6 +180,21 @@ def _usual(row: dict) -> dict:
         if name := next((name for name in names if row.get(name)), None):
             out[names[0]] = row[name]
     return out
+
+
+def _all_sidecars(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:
+    """Pictures of the folder and of those below that say how often theirs are repeated."""
+    yield from _sidecars(folder)
+    for below in sorted(folder.iterdir()):
+        match = REPEATED.fullmatch(below.name)
+        if not match or not below.is_dir():
+            continue
+        for place, row in _sidecars(below):
+            if isinstance(row, dict):
+                row["file_name"] = f"{below.name}/{row['file_name']}"
+                row["text"] = row["text"] or match["name"]
+                row["repeats"] = int(match["repeats"])
+            yield f"{below.name}/{place}", row
 
 
 def _sidecars(folder: Path) -> Iterator[tuple[str, dict | ValueError]]:

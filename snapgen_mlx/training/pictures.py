@@ -33,6 +33,7 @@ class Example:
     digest: str = ""  # SHA-256 of the file
     aspect: float = 1.0  # width / height, upright
     concept: str = ""  # what it shows
+    repeats: int = 1  # how often it is drawn, beside others
 
 
 def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
@@ -40,11 +41,13 @@ def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list
 
     An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` (or ``image``) and
     ``text`` (or ``caption``, ``prompt``), and in the former optionally ``captions``, a list of
-    phrasings; ``concept`` names what is shown, else the first caption does. Without either file,
-    each picture directly in the folder has its caption in a ``.txt`` or ``.caption`` of its name;
-    ``picture_list.left_out`` says which are passed over. ``caption`` is given to those
-    that have none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is passed over. Every
-    picture is decoded once.
+    phrasings; ``concept`` names what is shown, else the first caption does; ``repeats``, how often
+    the picture is drawn beside others. Without either file,
+    each picture directly in the folder has its caption in a ``.txt`` or ``.caption`` of its name,
+    and so has each in a folder ``10_NAME`` below: it is drawn ten times as often, and NAME is its
+    caption where it has no other. ``picture_list.left_out`` says which are passed over. ``caption``
+    is given to those that have none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is
+    passed over. Every picture is decoded once.
     Raises SnapGenError for a folder without pictures.
     """
     folder = Path(folder)
@@ -108,8 +111,18 @@ def _example(folder: Path, row, caption: str | None) -> Example:
     if not isinstance(captions, list) or not all(map(_is_text, captions)):
         raise ValueError("its captions are no texts")
     return Example(
-        find_file(folder, name), captions, concept=str(row.get("concept") or captions[0])
+        find_file(folder, name),
+        captions,
+        concept=str(row.get("concept") or captions[0]),
+        repeats=_repeats(row.get("repeats", 1)),
     )
+
+
+def _repeats(value) -> int:
+    number = int(value) if isinstance(value, int) or str(value).isdecimal() else 0
+    if not 0 < number < 10_000:
+        raise ValueError(f"repeats is {value!r}; it must be a whole number from 1 to 9999")
+    return number
 
 
 def _is_text(caption) -> bool:

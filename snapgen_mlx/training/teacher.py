@@ -284,7 +284,7 @@ class TaughtDataset(LatentDataset):
     """``data`` whose captions come also as a teacher's ``encoders`` read them, never dropped."""
 
     def __init__(self, data: LatentDataset, encoders: list):
-        super().__init__(data.latents, data.captions, data.encoders, data.mirrored)
+        super().__init__(data.latents, data.captions, data.encoders, data.mirrored, data.repeats)
         self._data, self.taught = data, encoders
 
     @property
