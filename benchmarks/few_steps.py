@@ -131,7 +131,7 @@ def main():
         for way, given in WAYS.items():
             given = dict(given)
             pipe = Pipeline.load(args.model, variant, base=given.pop("base"))
-            if not (pipe.base or pipe.few_step):
+            if not (pipe.base or pipe.few_steps):
                 raise SystemExit(f"{pipe.folder} has no LoRA for few steps of {variant}")
             found, latents = evaluation(pipe, **given)
             results[variant][way] = found

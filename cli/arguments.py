@@ -68,6 +68,22 @@ dtype_option = click.option(
 )
 
 
+class Seconds(Number):
+    """A time, as 0.5s or 0.5."""
+
+    name = "seconds"
+
+    def convert(self, value, param, ctx):
+        return super().convert(
+            value.removesuffix("s") if isinstance(value, str) else value, param, ctx
+        )
+
+
+force_option = click.option(
+    "--force", is_flag=True, help="Go on although memory is predicted not to suffice."
+)
+
+
 def data_options(command):
     """--caption and --skip-bad, for ``read_pictures``."""
     command = click.option(

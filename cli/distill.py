@@ -10,6 +10,7 @@ from .arguments import (
     check_output,
     data_options,
     explain_option,
+    force_option,
     learning_rate_option,
     left_out_loras,
     model_argument,
@@ -93,6 +94,7 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
     "--fuse", is_flag=True, help="kdmd: also write a 4-step model of this width to OUTPUT."
 )
 @explain_option
+@force_option
 def distill(
     model,
     data,
@@ -112,6 +114,7 @@ def distill(
     few_step_lora,
     fuse,
     explain,
+    force,
     **given,
 ):
     """Train MODEL to follow a teacher, on the captions and pictures in DATA.
@@ -157,7 +160,7 @@ def distill(
         return options_class(**DEFAULTS[method] | known)
 
     options: AdamOptions = options_of(KDOptions if method == "kd" else KDMDOptions)
-    run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10)
+    run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10, force=force)
     run.sample_every = run.validate_every = sample_every
     run.extend = resume
 

@@ -6,6 +6,7 @@ from .arguments import (
     check_output,
     data_options,
     explain_option,
+    force_option,
     learning_rate_option,
     left_out_loras,
     model_argument,
@@ -60,6 +61,7 @@ from .training_run import explanation, follow
 @warmup_option(1, 100)
 @sample_every_option(0, "; 0 for none")
 @explain_option
+@force_option
 def finetune(
     model,
     data,
@@ -76,6 +78,7 @@ def finetune(
     sample_every,
     resume,
     explain,
+    force,
     seed,
     **given,
 ):
@@ -104,7 +107,12 @@ def finetune(
     echo = speaker()
     elastic = ElasticOptions(**given)
     options = RunOptions(
-        batch=batch, seed=seed, minutes=minutes, log_every=10, sample_every=sample_every
+        batch=batch,
+        seed=seed,
+        minutes=minutes,
+        log_every=10,
+        sample_every=sample_every,
+        force=force,
     )
     options.extend = resume
     if repeats > 1 and not prior:

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from .arguments import Seed, dtype_option, lora_files_option
+from .arguments import Seconds, Seed, dtype_option, force_option, lora_files_option
 from .replay import Replay
 
 
@@ -71,6 +71,13 @@ from .replay import Replay
 @click.option("--text-encoder", help="Folder or Hub id of another Gemma 3, quantized or not.")
 @dtype_option
 @click.option(
+    "--within",
+    type=Seconds(0, min_open=True),
+    metavar="SECONDS",
+    help="Measure the widths, and choose widths and steps that draw in this time, such as 0.5s.",
+)
+@force_option
+@click.option(
     "--low-ram", is_flag=True, help="Keep only one part of the model in memory at a time; slower."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
@@ -89,6 +96,8 @@ def generate(
     base,
     text_encoder,
     dtype,
+    within,
+    force,
     low_ram,
     quiet,
     explain,
@@ -109,6 +118,7 @@ def generate(
     from snapgen_mlx.errors import UsageError
     from snapgen_mlx.pipeline import Pipeline
     from snapgen_mlx.prompts import expand
+    from snapgen_mlx.within import variant_within
 
     from .drawing import Drawing, Place, given_edit, plan
 
@@ -121,6 +131,8 @@ def generate(
             )
         )
         return
+    if within and (variants or source):
+        raise UsageError("--within chooses the widths; leave out --variant and --from-metadata")
     replay = Replay(source) if source else None
     if replay:
         used = {"loras": loras, "text_encoder": text_encoder}
@@ -157,8 +169,15 @@ def generate(
         keep_encoders=False,
         dtype=dtype,
         editing=edit is not None,
+        force=force,
         **{k: given[k] for k in ("width", "height", "guidance")},
     )
+    if within:
+        settings = pipe.settings(prompts[0], **given)
+        variant, measured = variant_within(pipe, settings, within)
+        variants, given["steps"] = (variant,), None
+        if not quiet:
+            click.echo(measured, err=True)
     jobs = plan(pipe, variants or (pipe.variant,), prompts, seeds, edit, given)
     drawing = Drawing(pipe, jobs, place, edit, files, preview, grid, not no_metadata, quiet)
     if replay:
@@ -187,6 +206,7 @@ def _explanation(model, text_encoder, variant, base, low_ram, dtype, editing, si
     from snapgen_mlx.memory import ModelMemory, Request
     from snapgen_mlx.settings import Settings
     from snapgen_mlx.text_loading import load_text_encoders
+    from snapgen_mlx.widths import parse_widths
 
     from .info import memory_table
 
@@ -194,7 +214,8 @@ def _explanation(model, text_encoder, variant, base, low_ram, dtype, editing, si
     encoders = load_text_encoders(folder, text_encoder, dtype)
     memory = ModelMemory(folder, load_vae(folder, dtype), encoders, dtype)
     name = memory.config.variants[-1] if variant in (None, "auto") else variant
-    few_steps = not base and few_step_lora(folder, name) is not None
+    widths = parse_widths(name, memory.config.variants)
+    few_steps = not base and all(few_step_lora(folder, width) for width, _ in widths)
     s = Settings.from_config(load_config(folder), "any", few_steps, **sizes)
     s.check_size(memory.pixel_multiple)
     request = Request(s.width, s.height, s.guidance != 1, low_ram, editing=editing)

@@ -23,6 +23,8 @@ def follow(start, steps: int, options, echo) -> None:
             for record in start(stop):
                 if "encoded" in record or "drawn" in record:
                     echo(encoded(record))
+                elif "note" in record:
+                    echo(f"note: {record['note']}", err=True)
                 elif "step" in record:
                     last = record
                     stop.running = "done" not in record

@@ -86,8 +86,7 @@ def evaluate(
     if count:
         real = _square_latents(pipe, data.latents, examples, s)
     for name in variants:
-        pipe.free("dit")
-        pipe.variant = name
+        pipe.switch(name)
         record: dict[str, Any] = {"variant": name}
         if count:
             own = jobs()

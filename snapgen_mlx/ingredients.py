@@ -8,18 +8,18 @@ from .layout import TEXT_FOLDERS
 from .lora_file import find_file
 
 
-def ingredients(folder: Path, few_step: Path | None, loras, text_encoder) -> dict[str, str]:
+def ingredients(folder: Path, few_steps: list[Path], loras, text_encoder) -> dict[str, str]:
     """Digests of a model, and of the LoRAs and the text encoder that go with it.
 
     Args:
         folder: of the model.
-        few_step: the LoRA with which it draws in few steps, if it does.
+        few_steps: the LoRAs with which its widths draw in few steps, if they do.
         loras: pairs (LoRA file, scale).
         text_encoder: a folder or Hub id; None for the model's own.
     """
     found = {"model": digest(*(folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)))}
-    if few_step:
-        found["few-step LoRA"] = digest(few_step)
+    if few_steps:
+        found["few-step LoRA"] = digest(*few_steps)
     if loras:
         found["LoRA"] = digest(*(find_file(path) for path, _ in loras))
     if text_encoder:

@@ -22,12 +22,17 @@ from .models.sizes import parameter_count
 from .tensors.palette import SUFFIX as PALETTE
 from .tensors.safetensors_io import NAMES
 from .tensors.weights import flat_parameters, load_infos
+from .widths import parse_widths
 
 HEAVY_ENCODERS = 100_000_000  # bytes; smaller encoders stay in memory beside the transformer
 # Values of head_dim for which Metal's attention needs no score matrix.
 FUSED_HEADS = (64, 72, 80, 96, 128)
 TILE, LOW_RAM_TILE = 32, 16  # side of a tile of the large VAE, in latent positions
 FOUR_BITS = 0.32  # size as a part of bfloat16's: 4.5 bits a weight, 8.5 for sensitive layers
+MAY_HAPPEN = (
+    "the system may swap and stand still for minutes, or end this program and others: save your "
+    "work first"
+)
 
 
 def decoding_tile(low_ram: bool) -> int:
@@ -119,16 +124,19 @@ class ModelMemory:
     def predict(self, variant: str, request: Request, bits: int | None = None) -> Prediction:
         """Peaks for one width; with ``bits`` = 4 as if the model were quantized to them."""
         r, factor = request, FOUR_BITS if bits else 1
-        dit, encoders = int(factor * self.weights(variant)), int(factor * self.encoders)
+        encoders = int(factor * self.encoders)
+        widths = {name for name, _ in parse_widths(variant, self.config.variants)}
+        weights = {name: int(factor * self.weights(name)) for name in widths}
+        dit = sum(weights.values())  # all stay, unless memory is short
         keep = self.keeps_encoders(r)
         kept = encoders if keep else 0
         encoder = self.encoder if r.editing else 0
         # Beside what a phase computes with, unless each part is held alone.
         drawer, painter = (0, 0) if r.low_ram else (dit + kept, self.decoder + encoder)
         h, w = r.height // self.vae.downsampling, r.width // self.vae.downsampling
-        config = _width(self.config, variant)
-        denoise = self.dtype.size * denoising_floats(
-            config, (h, w), 1 + r.guided, self._text_tokens, self.metal
+        denoise = max(
+            (weights[name] if r.low_ram else dit) + self._working(name, (h, w), 1 + r.guided)
+            for name in widths
         )
         size = self.dtype.size
         decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram), size)
@@ -136,19 +144,38 @@ class ModelMemory:
         return Prediction(
             encode=encoders and encoders + self._encoding + (dit + painter if keep else 0),
             read=reading and drawer + max(painter, encoder) + reading,
-            denoise=dit + kept + painter + max(denoise, self._loading(variant)),
+            denoise=denoise + kept + painter,
             decode=drawer + max(painter, self.decoder) + decoding,
         )
+
+    def _working(self, name: str, size: tuple[int, int], batch: int) -> int:
+        """Bytes beside the weights of one width, in a step or while it is loaded."""
+        config = _width(self.config, name)
+        floats = denoising_floats(config, size, batch, self._text_tokens, self.metal)
+        return max(self.dtype.size * floats, self._loading(name))
 
     def fits(self, variant: str, request: Request, bits: int | None = None) -> bool:
         return self.predict(variant, request, bits).peak <= usable_memory()
 
-    def choose(self, request: Request) -> str:
-        """The widest variant that fits. Raises UsageError when none does."""
+    def choose(self, request: Request, force: bool = False) -> str:
+        """The widest width that fits. Raises UsageError when none does; with ``force`` it is the
+        narrowest then."""
         for variant in reversed(self.config.variants):
             if self.fits(variant, request):
                 return variant
+        if force:
+            return self.config.variants[0]
         raise self._refusal(self.config.variants[0], request)
+
+    def excess(self, variant: str, request: Request) -> str | None:
+        """What a picture needs and what there is, in words, unless it fits."""
+        need, usable = self.predict(variant, request).peak, usable_memory()
+        if need <= usable:
+            return None
+        return (
+            f"{variant} at {request.width}x{request.height} needs about {format_bytes(need)} of "
+            f"memory, but only {format_bytes(usable)} can be used here"
+        )
 
     def check(self, variant: str, request: Request) -> None:
         """Raise UsageError, saying what would fit, unless the picture does."""
@@ -160,7 +187,11 @@ class ModelMemory:
             peak = self.predict(variant, request, bits).peak
             return [f"{option} ({format_bytes(peak)})"] if peak <= usable_memory() else []
 
-        narrower = self.config.variants[: self.config.variants.index(variant)]
+        variants = self.config.variants
+        parts = parse_widths(variant, variants)
+        # Less than several widths is the widest of them alone.
+        stop = max(variants.index(name) for name, _ in parts) + (len(parts) > 1)
+        narrower = variants[:stop]
         fitting = [v for v in narrower if self.fits(v, request)]
         offers = offer(f"--variant {fitting[-1]}", fitting[-1], request) if fitting else []
         if not request.low_ram:
@@ -171,13 +202,8 @@ class ModelMemory:
                 break
         if self.gpu and not self.is_quantized:
             offers += offer("a model converted with --quantize 4", variant, request, bits=4)
-        what = f"{variant} at {request.width}x{request.height}"
-        need = format_bytes(self.predict(variant, request).peak)
         fit = f"what fits: {', '.join(offers)}" if offers else "no setting of this model fits"
-        usable = format_bytes(usable_memory())
-        return UsageError(
-            f"{what} needs about {need} of memory, but only {usable} can be used here; {fit}"
-        )
+        return UsageError(f"{self.excess(variant, request)}; {fit}")
 
     def _loading(self, variant: str) -> int:
         """What loading holds beside the weights: some stored tensors, until cut or converted."""

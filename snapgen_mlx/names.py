@@ -50,7 +50,7 @@ def output_pattern(output: str | None, widths: bool = False) -> str:
 
 def fill_in(pattern: str, prompt: str, seed: int, variant: str) -> Path:
     """The path of one picture."""
-    known = {"prompt": file_words(prompt), "seed": str(seed), "variant": variant}
+    known = {"prompt": file_words(prompt), "seed": str(seed), "variant": file_words(variant)}
     for name, value in known.items():
         pattern = pattern.replace(f"{{{name}}}", value)
     return Path(pattern)

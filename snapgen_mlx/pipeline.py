@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,26 +14,19 @@ from .editing import Edit
 from .errors import SnapGenError, UsageError, shown
 from .finite import check_finite, check_latent
 from .hub import resolve_model
-from .ingredients import ingredients, names_of
-from .layout import few_step_lora, load_config, picture_size
-from .loading import (
-    Transformer,
-    given_dtype,
-    load_transformer,
-    load_transformer_config,
-    load_vae,
-    lora_pairs,
-)
-from .memory import ModelMemory, Request, decoding_tile
-from .models.interfaces import Autoencoder, TextEncoder
+from .ingredients import names_of
+from .layout import picture_size
+from .loading import Transformer
+from .memory import MAY_HAPPEN, ModelMemory, Request, decoding_tile
 from .notes import notes
+from .parts import Parts
 from .sampling import Step, denoise, draw_noise, last_step, schedule
 from .settings import Settings
 from .tensors.weights import flat_parameters
-from .text_loading import load_text_encoders
+from .widths import by_step, total_steps
 
 
-class Pipeline:
+class Pipeline(Parts):
     """A loaded model: ``generate`` for a picture, or ``stream`` and ``decode`` step by step."""
 
     def __init__(
@@ -53,34 +44,30 @@ class Pipeline:
         low_ram: bool = False,
         keep_encoders: bool = True,
         dtype: mx.Dtype | None = None,
+        force: bool = False,
     ):
         set_limits()
-        self.folder = Path(folder)
-        self.config = load_config(self.folder)
-        self.dit_config = load_transformer_config(self.folder)
+        super().__init__(folder, text_encoder, loras, base, dtype)
         if text_encoder is not None and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
-        self.text_encoder, self.loras, self.base = text_encoder, lora_pairs(loras), base
-        self.low_ram, self.keep_encoders = low_ram, keep_encoders
-        self.dtype = given_dtype(dtype)
+        self.low_ram, self.keep_encoders, self.force = low_ram, keep_encoders, force
         self._texts: dict[str, tuple[dict, dict]] = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype)
-        self.variant = self.dit_config.variants[-1]
-        if variant is not None and not (isinstance(variant, str) and variant == "auto"):
-            self.dit_config.variant_index(variant)
-            self.variant = variant
-        else:
+        if variant is None or (isinstance(variant, str) and variant == "auto"):
             sizes = {"width": width, "height": height, "guidance": guidance}
             largest = self.settings("any", **sizes, strength=1.0 if editing else None)
-            self.variant = self.memory.choose(self._request(largest))
-        self.dit  # noqa: B018 (its files are checked now, its weights are read when needed)
+            variant = self.memory.choose(self._request(largest), force)
+        self.switch(variant)
+        for name, _ in self.widths:  # files are checked now, weights are read when needed
+            self.width(name)
 
     @classmethod
     def load(cls, source=None, variant: str | None = None, **options) -> "Pipeline":
         """Load the embedded model (None), a model folder, or a Hub id at one width.
 
         Args:
-            variant: a width's name; None or "auto" is the widest that fits into memory.
+            variant: a width's name, or names with counts of steps, as in "tiny:2,full:2"; None or
+                "auto" is the widest that fits into memory.
             width, height, guidance, editing: pictures that must fit: pixels (the model's own when
                 not given), guidance, and whether they start from others.
             text_encoder: a folder or Hub id of another Gemma 3.
@@ -89,45 +76,30 @@ class Pipeline:
             low_ram: hold the weights of one phase at a time and decode in smaller tiles.
             keep_encoders: False frees heavy text encoders after each use.
             dtype: to compute with (default: ``inference_dtype``).
+            force: draw also what is predicted not to fit into memory.
 
         Weights are read when they are first used. Raises UsageError for an unknown variant and
         when nothing fits, SnapGenError for damaged or foreign files.
         """
         return cls(resolve_model(source), variant, **options)
 
-    @property
-    def few_step(self) -> Path | None:
-        """The LoRA with which this width draws in few steps, if it is to."""
-        return None if self.base else few_step_lora(self.folder, self.variant)
-
-    @cached_property
-    def dit(self) -> Transformer:
-        few_step = [(self.few_step, 1.0)] if self.few_step else []
-        loras = [*few_step, *self.loras]
-        return load_transformer(self.folder, self.variant, loras, self.dtype)
-
-    @cached_property
-    def vae(self) -> Autoencoder:
-        return load_vae(self.folder, self.dtype)
-
-    @cached_property
-    def encoders(self) -> list[TextEncoder]:
-        return load_text_encoders(self.folder, self.text_encoder, self.dtype)
-
-    def free(self, *parts: str) -> None:
-        """Drop "dit", "vae" or "encoders" from memory; each is loaded again when needed."""
-        for part in parts:
-            self.__dict__.pop(part, None)
-        mx.clear_cache()
-
     def _request(self, s: Settings) -> Request:
         guided = s.guidance != 1
         editing = s.strength is not None
         return Request(s.width, s.height, guided, self.low_ram, self.keep_encoders, editing)
 
+    def fits(self, settings: Settings) -> bool:
+        """Whether a picture of these settings is predicted to fit into memory."""
+        return self.memory.fits(self.variant, self._request(settings))
+
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
-        s = Settings.from_config(self.config, prompt, bool(self.few_step), **given)
+        if steps := total_steps(self.widths):
+            if given.get("steps") not in (None, steps):
+                asked = f"{steps} steps, not {given['steps']}"
+                raise UsageError(f"--variant {self.variant} makes {asked}; leave out --steps")
+            given["steps"] = steps
+        s = Settings.from_config(self.config, prompt, bool(self.few_steps), **given)
         s.check_size(self.memory.pixel_multiple)
         check_background(s.background, self.memory.vae.image_channels)
         return s
@@ -224,7 +196,8 @@ class Pipeline:
         h, w = self.latent_size(s)
         if not config.takes(h, w):
             raise UsageError(f"this model cannot make {s.width}x{s.height}; try other multiples")
-        self.memory.check(self.variant, self._request(s))
+        if not self.force:
+            self.memory.check(self.variant, self._request(s))
         if not self._texts.keys() >= set(self._needed_texts(s)):
             self.prepare([s])
         text, masks = self._texts[s.prompt]
@@ -251,16 +224,27 @@ class Pipeline:
             if len(sigmas) == 1:  # nothing is to change
                 yield Step(0, 0.0, start, start)
                 return
-            if self.memory.is_palette:  # left to themselves, many would be expanded side by side
-                for weight in flat_parameters(self.dit).values():
-                    mx.eval(weight)
-            steps = denoise(self.dit, start, text, masks, sigmas, s.guidance, negative, put_back)
+            names = by_step(self.widths, s.steps)[s.skipped_steps :]
+            dits = self._in_turn(names)
+            steps = denoise(dits, start, text, masks, sigmas, s.guidance, negative, put_back)
             for step in steps:
                 mx.eval(step.x, step.x0)
-                check_finite([step.x], f"step {step.index + 1} of the transformer", self.dit)
+                used = self.width(names[step.index])
+                check_finite([step.x], f"step {step.index + 1} of the transformer", used)
                 yield step
 
         return evaluated()
+
+    def _in_turn(self, names: list[str]) -> Iterator[Transformer]:
+        """The transformer of each step; with ``low_ram`` only one is in memory."""
+        for i, name in enumerate(names):
+            if i == 0 or name != names[i - 1]:
+                if self.low_ram and not self._dits.keys() <= {name}:
+                    self.free("dit")
+                if self.memory.is_palette:  # left to themselves, many would be expanded at once
+                    for weight in flat_parameters(self.width(name)).values():
+                        mx.eval(weight)
+            yield self.width(name)
 
     def decode(self, latents: mx.array, background: str | None = None) -> Image.Image:
         """Decode a normalised latent to a picture, RGB or RGBA.
@@ -318,21 +302,10 @@ class Pipeline:
     def notes(self, settings: Settings) -> list[str]:
         """What may surprise about a picture of these settings, one line each: words that the model
         does not know, a text that is cut, guidance or a size that it was not made for."""
-        size, few_step = picture_size(self.config), self.few_step is not None
-        return notes(settings, self.encoders, size, few_step)
-
-    def switch(self, variant: str) -> None:
-        """Draw at another width from now on; what does not depend on it stays in memory."""
-        self.dit_config.variant_index(variant)
-        if variant != self.variant:
-            self.variant = variant
-            self.__dict__.pop("digests", None)
-            self.free("dit")
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """Of each thing that a picture depends on beside its settings."""
-        return ingredients(self.folder, self.few_step, self.loras, self.text_encoder)
+        size = picture_size(self.config)
+        found = notes(settings, self.encoders, size, bool(self.few_steps))
+        excess = self.memory.excess(self.variant, self._request(settings)) if self.force else None
+        return [*found, f"--force: {excess}; {MAY_HAPPEN}"] if excess else found
 
     def metadata(self, settings: Settings) -> dict:
         """What reproduces a picture, for its file; files by their names."""
@@ -341,7 +314,7 @@ class Pipeline:
             **asdict(settings),
             "variant": self.variant,
             "dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
-            **({"few_step": True} if self.few_step else {}),
+            **({"few_step": True} if self.few_steps else {}),
             "model": source.get("name", self.folder.name),
             **names_of(self.loras, self.text_encoder),
             "digests": self.digests,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import mlx.core as mx
@@ -70,7 +70,7 @@ class Step:
 
 
 def denoise(
-    dit: Transformer,
+    dits: Transformer | Iterator[Transformer],
     noise: mx.array,
     text: dict,
     masks: dict,
@@ -81,11 +81,11 @@ def denoise(
 ) -> Iterator[Step]:
     """Integrate dx/dt = v along a schedule.
 
-    Time and text conditions are computed once. Nothing is evaluated here: the caller evaluates each
-    step, and may stop at any.
+    Conditions of time and text are computed once for each transformer. Nothing is evaluated here:
+    the caller evaluates each step, and may stop at any.
 
     Args:
-        dit: the transformer.
+        dits: the transformer of all steps, or that of each step in turn.
         noise: (B, H, W, C).
         text: {encoder: states (B, L, dim)}.
         masks: {encoder: (B, L) bool}.
@@ -99,12 +99,16 @@ def denoise(
     """
     B = noise.shape[0]
     guided = guidance != 1.0
-    conditions: Any = dit.condition_text(text, masks, B)  # its type is the transformer's own
-    if guided:
-        conditions = conditions.join(dit.condition_text(*(negative or ({}, {})), B))
-    times: Any = dit.condition_time(mx.array(sigmas[:-1]))
+    each = dits if isinstance(dits, Iterator) else repeat(dits)
+    dit = None
     x = noise.astype(mx.float32)  # schedule maths in float32
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        before, dit = dit, next(each)
+        if dit is not before:
+            conditions: Any = dit.condition_text(text, masks, B)  # of the transformer's own kind
+            if guided:
+                conditions = conditions.join(dit.condition_text(*(negative or ({}, {})), B))
+            times: Any = dit.condition_time(mx.array(sigmas[:-1]))
         inputs = mx.concatenate([x, x]) if guided else x
         v = dit.denoise(inputs, times[i : i + 1], conditions).astype(mx.float32)
         if guided:

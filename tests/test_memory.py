@@ -115,7 +115,7 @@ def test_low_ram_needs_what_is_predicted_and_paints_the_same(large):
     for phase, peak in measured(pipe, settings).items():
         assert getattr(predicted, phase) == pytest.approx(peak, rel=TOLERANCE), phase
     assert predicted.peak < 0.8 * pipe.memory.predict("tiny", Request(320, 128)).peak
-    assert "dit" not in vars(pipe) and "encoders" not in vars(pipe)
+    assert not pipe.holds("dit") and not pipe.holds("encoders")
     low = np.array(pipe.generate("a", **given), int)
     usual = np.array(Pipeline.load(large).generate("a", **given), int)
     assert np.abs(low - usual).max() <= 1

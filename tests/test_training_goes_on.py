@@ -182,7 +182,10 @@ def test_loras_that_cannot_go_on(model, data, tmp_path, change, options, words):
 
 def test_a_lora_of_another_base_or_width_does_not_go_on(model, data, tmp_path):
     path = tmp_path / "lora.safetensors"
-    for about, words in (({"base": "abc"}, "other weights"), ({"widths": ["full"]}, "only for width full, not for tiny, small")):
+    for about, words in (
+        ({"base": "abc"}, "other weights"),
+        ({"widths": ["full"]}, "only for width full, not for tiny, small"),
+    ):
         save_lora(path, lora_params(tiny_config(), 2), about)
         result = finetune(model, data, "-o", tmp_path / "out", **{"from-lora": path})
         assert result.exit_code == 1 and words in result.stderr

@@ -199,7 +199,7 @@ def _output_errors(weight: mx.array, x: mx.array, cut: Callable, backend: Backen
 def _key(model, pipes: list[Pipeline], backend: Backend, calibration: Calibration) -> dict:
     """What a measurement depends on."""
     files = sorted(set(weight_files(Path(model) / "transformer").values()))
-    files += [pipe.few_step for pipe in pipes if pipe.few_step]
+    files += [path for pipe in pipes for path in pipe.few_steps.values()]
     digest = hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files))
     settings = [pipe.settings("any") for pipe in pipes]
     return {

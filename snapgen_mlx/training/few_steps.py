@@ -57,7 +57,9 @@ def distill_few_steps(
     check_run(options, kdmd)
     dit = load_dit(model, variant, training_dtype())
     variant = dit.config.variants[0]
-    few_steps_memory(model, dit, teacher, kdmd.lora).check(kdmd, -(-options.batch // world.size()))
+    memory = few_steps_memory(model, dit, teacher, kdmd.lora)
+    if excess := memory.check(kdmd, -(-options.batch // world.size()), options.force):
+        yield {"note": excess}
     attach_lora(dit, lora_params(dit.config, kdmd.lora))
     if prompts := [text for text in source if isinstance(text, str)]:
         if kdmd.noised_real:

@@ -75,7 +75,8 @@ def finetune(
     processes = mx.distributed.init().size()
     memory = TrainingMemory.from_model(model, teacher.memory if teacher else None)
     own_batch = -(-options.batch // processes)
-    memory.check(elastic, own_batch)
+    if excess := memory.check(elastic, own_batch, options.force):
+        yield {"note": excess}
     size = picture_size(load_config(model))
     elastic = replace(elastic, shift=training_shift(size))
     trainer = make_trainer(model, elastic, options.seed, teacher, start)

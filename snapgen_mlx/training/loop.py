@@ -24,7 +24,7 @@ LOG = "log.jsonl"
 # Options that a run may go on with others of: they change nothing but, some, how sums round.
 NO_MATTER = (
     *("minutes", "save_minutes", "log_every", "validate_every", "sample_every"),
-    *("accumulate", "checkpoint", "offload", "extend"),
+    *("accumulate", "checkpoint", "offload", "extend", "force"),
 )
 
 
@@ -39,6 +39,7 @@ class RunOptions:
     validate_every: int = 500
     sample_every: int = 500  # steps between pictures of ``report.Report``; 0 for none
     extend: bool = False  # a finished run may go on to more steps
+    force: bool = False  # go on although memory is predicted not to suffice; a record says "note"
 
 
 class Inputs(NamedTuple):

@@ -16,7 +16,7 @@ from ..device import on_gpu, on_metal, training_dtype, usable_memory
 from ..errors import UsageError, format_bytes
 from ..layout import load_config, picture_size
 from ..loading import Transformer, load_dit_config, load_vae_config
-from ..memory import attention_scores, denoising_floats, streamed_bytes
+from ..memory import MAY_HAPPEN, attention_scores, denoising_floats, streamed_bytes
 from ..models.elastic import empty_models, random_supernet
 from ..models.qwen_image import TOKENS, QwenImage
 from ..models.sizes import parameter_count, weight_bytes
@@ -198,18 +198,24 @@ class TrainingMemory:
         )
         return sum(a.size for a in params.values())  # never evaluated
 
-    def check(self, options: AdamOptions, batch: int) -> None:
-        """Raise UsageError that says what would fit, unless the run does."""
+    def check(self, options: AdamOptions, batch: int, force: bool = False) -> str | None:
+        """Raise UsageError that says what would fit, unless the run does.
+
+        With ``force`` return instead what is needed and what may happen, in words.
+        """
         need, usable = self.peak(options, batch), usable_memory()
         if need <= usable:
-            return
+            return None
+        excess = (
+            f"this training needs about {format_bytes(need)} of memory, {format_bytes(usable)} can "
+            "be used here"
+        )
+        if force:
+            return f"--force: {excess}; {MAY_HAPPEN}"
         peaks = [(flags, self.peak(o, batch)) for flags, o in self.alternatives(options, batch)]
         offers = [f"{flags} ({format_bytes(peak)})" for flags, peak in peaks if peak <= usable]
         fit = f"what fits: {', '.join(offers[:3])}" if offers else "no setting of this model fits"
-        raise UsageError(
-            f"this training needs about {format_bytes(need)} of memory, {format_bytes(usable)} can "
-            f"be used here; {fit}"
-        )
+        raise UsageError(f"{excess}; {fit}")
 
     def alternatives(self, options: Options, batch: int) -> Iterator[tuple[str, Options]]:
         """The same training in less memory, with the smallest change first.

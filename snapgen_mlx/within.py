@@ -1,0 +1,95 @@
+"""Widths and steps for a picture in a given time, by step times measured on this machine."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .errors import UsageError
+from .pipeline import Pipeline
+from .settings import Settings
+
+WARM = 2  # steps that are timed, after one that loads and compiles
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a step by width, narrowest first, and of decoding."""
+
+    steps: dict[str, float]
+    decoding: float
+
+    def picture(self, parts: list[tuple[str, int]]) -> float:
+        """Seconds of a picture, without encoding its text."""
+        return sum(count * self.steps[name] for name, count in parts) + self.decoding
+
+    def choose(self, seconds: float, steps: int) -> list[tuple[str, int]]:
+        """The widths, and how many steps each makes: as many as fit into ``seconds`` of the widest,
+        then of the next.
+
+        A narrower width comes first: what a picture shows is settled early, in coarse strokes, and
+        its details at last. All ``steps`` are made if the narrowest width can make them in time;
+        else it makes as many as it can. Raises UsageError when it can make none.
+        """
+        names = list(self.steps)
+        fitting = [p for p in _splits(names, steps) if self.picture(p) <= seconds]
+        if fitting:
+            return max(fitting, key=lambda p: [dict(p).get(name, 0) for name in reversed(names)])
+        each = self.steps[names[0]]
+        count = int((seconds - self.decoding) / each)
+        if count < 1:
+            raise UsageError(
+                f"{seconds:g} s are too short: one step of {names[0]} takes {each:.3g} s and "
+                f"decoding {self.decoding:.3g} s here; give more time, or a smaller picture"
+            )
+        return [(names[0], min(count, steps))]
+
+
+def _splits(names: list[str], steps: int) -> Iterator[list[tuple[str, int]]]:
+    """All ways to share out so many steps among widths, in their order."""
+    if len(names) == 1:
+        yield [(names[0], steps)] if steps else []
+        return
+    for count in range(steps + 1):
+        own = [(names[0], count)] if count else []
+        for rest in _splits(names[1:], steps - count):
+            yield own + rest
+
+
+def measure(pipe: Pipeline, settings: Settings) -> StepTimes:
+    """Time the widths of a model on a picture of these settings.
+
+    Only widths that fit into memory and draw as this variant of ``pipe`` does, in few steps or in
+    many, are timed; ``pipe`` is left at another variant.
+    """
+    is_few = bool(pipe.few_steps)
+    steps: dict[str, float] = {}
+    few = replace(settings, steps=1 + WARM, strength=None)
+    for name in pipe.dit_config.variants:
+        pipe.switch(name)
+        if bool(pipe.few_steps) != is_few or not (pipe.force or pipe.fits(settings)):
+            continue
+        marks = []
+        for step in pipe.stream(few):  # noqa: B007
+            marks.append(time.perf_counter())
+        steps[name] = (marks[-1] - marks[0]) / WARM
+        latent = step.x
+    pipe.decode(latent)
+    started = time.perf_counter()
+    pipe.decode(latent)
+    return StepTimes(steps, time.perf_counter() - started)
+
+
+def variant_within(pipe: Pipeline, settings: Settings, seconds: float) -> tuple[str, str]:
+    """The variant that draws these settings within ``seconds``, and the measurement in words.
+
+    ``settings.steps`` are the most that are made; ``pipe`` is left at that variant.
+    """
+    times = measure(pipe, settings)
+    parts = times.choose(seconds, settings.steps)
+    variant = ",".join(f"{name}:{count}" for name, count in parts)
+    pipe.switch(variant)
+    measured = ", ".join(f"{name} {each:.3g}" for name, each in times.steps.items())
+    return variant, (
+        f"{variant} takes about {times.picture(parts):.3g} s a picture here (a step of {measured} "
+        f"s, decoding {times.decoding:.3g} s; a new text comes on top)"
+    )
