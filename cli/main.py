@@ -23,6 +23,7 @@ COMMANDS = {
     "init": "Write a model with random weights, for tests and benchmarks.",
     "finetune": "Train all widths of a model on your own pictures.",
     "distill": "Train a model to follow a teacher, or to draw in four steps.",
+    "bench": "Measure how fast this machine draws, and the memory that it takes.",
     "eval": "Measure how well a model knows a folder of pictures.",
 }
 

@@ -1,6 +1,7 @@
 """What MLX computes on here: the type of floats, and the memory that it may use."""
 
 import os
+import time
 from typing import cast
 
 import mlx.core as mx
@@ -48,6 +49,18 @@ def wide(dtype: mx.Dtype | None) -> mx.Dtype:
 def scalar(a: mx.array) -> float:
     """The value of an array of one real number."""
     return cast(float, a.item())
+
+
+def matmul_speed(n: int = 1024, dtype: mx.Dtype = mx.float32) -> float:
+    """GFLOP/s of the product of two matrices of n rows and columns, the best of three."""
+    a = mx.random.normal((n, n)).astype(dtype)
+    mx.eval(a @ a)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / 1e9
 
 
 def usable_memory() -> int:

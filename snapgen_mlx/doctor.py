@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import mlx.core as mx
-
-from .device import device_name, usable_memory
+from .device import device_name, matmul_speed, usable_memory
 from .errors import SnapGenError, format_bytes, name_first
 from .files import file_sha256
 from .pipeline import Pipeline
@@ -28,18 +26,6 @@ class Finding:
     name: str
     found: str
     advice: str | None = None
-
-
-def matmul_speed(n: int = 1024) -> float:
-    """GFLOP/s of float32 matrix multiplication, the best of three."""
-    a = mx.random.normal((n, n))
-    mx.eval(a @ a)
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best / 1e9
 
 
 def examine(model=None) -> list[Finding]:

@@ -56,7 +56,7 @@ class Pipeline(Parts):
         if variant is None or (isinstance(variant, str) and variant == "auto"):
             sizes = {"width": width, "height": height, "guidance": guidance}
             largest = self.settings("any", **sizes, strength=1.0 if editing else None)
-            variant = self.memory.choose(self._request(largest), force)
+            variant = self.memory.choose(self.request(largest), force)
         self.switch(variant)
         for name, _ in self.widths:  # files are checked now, weights are read when needed
             self.width(name)
@@ -83,14 +83,14 @@ class Pipeline(Parts):
         """
         return cls(resolve_model(source), variant, **options)
 
-    def _request(self, s: Settings) -> Request:
+    def request(self, s: Settings) -> Request:
         guided = s.guidance != 1
         editing = s.strength is not None
         return Request(s.width, s.height, guided, self.low_ram, self.keep_encoders, editing)
 
     def fits(self, settings: Settings) -> bool:
         """Whether a picture of these settings is predicted to fit into memory."""
-        return self.memory.fits(self.variant, self._request(settings))
+        return self.memory.fits(self.variant, self.request(settings))
 
     def settings(self, prompt: str, **given) -> Settings:
         """Settings for a picture; what is not given (or None) comes from the model's config."""
@@ -138,7 +138,7 @@ class Pipeline(Parts):
         in memory makes place for them before.
         """
         texts = dict.fromkeys(text for s in settings for text in self._needed_texts(s))
-        keep = self.memory.keeps_encoders(self._request(settings[0]))
+        keep = self.memory.keeps_encoders(self.request(settings[0]))
         if not keep:
             self.free("dit", "vae")
         self._texts = {text: self.encode([text]) for text in texts}
@@ -197,7 +197,7 @@ class Pipeline(Parts):
         if not config.takes(h, w):
             raise UsageError(f"this model cannot make {s.width}x{s.height}; try other multiples")
         if not self.force:
-            self.memory.check(self.variant, self._request(s))
+            self.memory.check(self.variant, self.request(s))
         if not self._texts.keys() >= set(self._needed_texts(s)):
             self.prepare([s])
         text, masks = self._texts[s.prompt]
@@ -304,7 +304,7 @@ class Pipeline(Parts):
         does not know, a text that is cut, guidance or a size that it was not made for."""
         size = picture_size(self.config)
         found = notes(settings, self.encoders, size, bool(self.few_steps))
-        excess = self.memory.excess(self.variant, self._request(settings)) if self.force else None
+        excess = self.memory.excess(self.variant, self.request(settings)) if self.force else None
         return [*found, f"--force: {excess}; {MAY_HAPPEN}"] if excess else found
 
     def metadata(self, settings: Settings) -> dict:

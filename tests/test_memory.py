@@ -397,7 +397,7 @@ def test_an_edit_that_does_not_fit_is_refused_before_it_is_read(large, limit):
     size = {"width": 256, "height": 256}
     limit(pipe.memory.predict("tiny", Request(256, 256)).peak)
     settings = pipe.settings("a", **size, steps=1)
-    assert pipe.memory.predict("tiny", pipe._request(settings)).read == 0
+    assert pipe.memory.predict("tiny", pipe.request(settings)).read == 0
     edit = Edit(Image.new("RGB", (256, 256), "red"))
     with pytest.raises(UsageError, match="needs about"):
         pipe.stream(pipe.edit_settings("a", edit, **size, steps=1), edit)
