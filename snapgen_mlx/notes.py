@@ -32,7 +32,7 @@ def notes(s: Settings, encoders: Sequence[TextEncoder], size: int, few_step: boo
                     f"{encoder.token_count(text)} tokens, up to {kept[-SHOWN:]!r}"
                 )
     if s.negative and not is_guided:
-        found.append("--negative has no effect at guidance 1; give --guidance 4, for example")
+        found.append("the negative text has no effect at guidance 1; try guidance 4")
     if is_guided and few_step:
         found.append(
             f"guidance {s.guidance:g}: the model learned to draw in few steps without guidance; "

@@ -202,7 +202,7 @@ def test_what_may_surprise_is_one_line_each(run):
     (line,) = notes(run("a " * 10 + "cat " * 10))
     assert "16 of 20 tokens" in line and line.endswith("cat cat cat cat cat cat'")
     (line,) = notes(run("a cat", "--negative", "zxcv dog"))
-    assert "--negative has no effect" in line
+    assert "negative text has no effect" in line
     assert "zxcv" in notes(run("a cat", "--negative", "a zxcv dog", guidance=2))[0]
     (line,) = notes(run("a cat", "--width", 128))
     assert "trained for 64x64" in line

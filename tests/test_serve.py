@@ -107,6 +107,15 @@ def test_braces_draw_each(official):
     assert prompts == ["a red cat"] * 2 + ["a blue cat"] * 2
 
 
+def test_what_may_surprise_about_a_picture_is_told(client):
+    asked = {"prompt": "a zxcv cat", "negative": "a dog", "guidance": 1, "size": "128x64"}
+    (picture,) = client.post(GENERATIONS, json=asked).json()["data"]
+    words, negative, size = picture["notes"]
+    assert "zxcv" in words and "no effect" in negative and "64x64" in size
+    plain = client.post(GENERATIONS, json={"prompt": "a cat"}).json()["data"]
+    assert plain[0]["notes"] == []
+
+
 def test_models(official, client):
     assert [m.id for m in official.models.list()] == ["model"]
     assert official.models.retrieve("model").variants == ["tiny", "small", "full"]
@@ -131,6 +140,7 @@ def test_gallery_searches_downloads_and_deletes(client, served):
     assert client.post("/settings", content=b"no picture").json() == {"settings": None}
     webp = client.get(f"/gallery/{made['name']}", params={"format": "webp"}).content
     assert (pixels(Image.open(io.BytesIO(webp))) == pixels(Image.open(io.BytesIO(png)))).all()
+    assert read_metadata(io.BytesIO(webp)) == read_metadata(io.BytesIO(png))
     names = [p["name"] for p in client.get("/gallery", params={"search": "dog"}).json()["data"]]
     archive = client.get("/gallery.zip", params={"name": names})
     with zipfile.ZipFile(io.BytesIO(archive.content)) as z:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .. import __version__
 from ..errors import SnapGenError
-from ..picture_file import read_metadata
+from ..picture_file import picture_bytes, read_metadata
 from . import images
 from .engine import Engine
 from .guard import Guard, error_body
@@ -135,15 +135,14 @@ def _add_gallery(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/gallery/{name}", name="picture")
     def picture(name: str, format: Literal["png", "webp"] = "png"):
-        """One picture as its PNG, settings inside, or as lossless WebP."""
+        """One picture as its PNG, settings inside, or as lossless WebP with the same."""
         path = path_of(name)
         if format == "png":
             return FileResponse(path, headers={"cache-control": "private, max-age=31536000"})
-        file = io.BytesIO()
         with Image.open(path) as image:
-            image.save(file, format="webp", lossless=True)
+            data = picture_bytes(image, ".webp", read_metadata(path))
         filename = f'inline; filename="{path.stem}.webp"'
-        return Response(file.getvalue(), 200, {"content-disposition": filename}, "image/webp")
+        return Response(data, 200, {"content-disposition": filename}, "image/webp")
 
     @app.delete("/gallery/{name}")
     def remove(name: str):
@@ -154,7 +153,7 @@ def _add_gallery(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/settings")
     async def settings(request: Request):
-        """The settings inside a PNG, whose bytes are the body; null for foreign pictures."""
+        """The settings inside a picture, whose bytes are the body; null for foreign ones."""
         file = io.BytesIO(await request.body())
         try:
             return {"settings": await asyncio.to_thread(read_metadata, file)}

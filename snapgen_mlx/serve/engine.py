@@ -57,6 +57,7 @@ class Picture:
     settings: dict
     seconds: float  # drawing alone, without waiting
     name: str | None  # in the gallery
+    notes: list[str]  # what may surprise about it
 
 
 @dataclass
@@ -231,6 +232,7 @@ class Engine:
             for prompt in job.prompts
             for seed in job.seeds
         ]
+        notes = [pipe.notes(settings) for settings in wanted]
         pipe.prepare(wanted)
         for number, settings in enumerate(wanted):
             started = time.perf_counter()
@@ -253,7 +255,7 @@ class Engine:
             if job.edit is not None:
                 metadata["image"] = "a picture that was sent"
             name = self.gallery.add(image, metadata) if job.keep else None
-            job.emit(Picture(number, image, metadata, seconds, name))
+            job.emit(Picture(number, image, metadata, seconds, name, notes[number]))
 
     def _check(self, job: Job) -> None:
         if time.monotonic() > job.deadline:

@@ -195,7 +195,12 @@ async def answer(fields: Generation, request: Request, kind: str, **more):
 
 
 def _facts(event: Picture) -> dict:
-    return {"name": event.name, "seconds": round(event.seconds, 3), "settings": event.settings}
+    return {
+        "name": event.name,
+        "seconds": round(event.seconds, 3),
+        "settings": event.settings,
+        "notes": event.notes,
+    }
 
 
 async def _stream(first, events, fields: Generation, kind: str) -> AsyncIterator[str]:

@@ -175,9 +175,10 @@ async function drawOnce(keep, signal) {
     }
   }, signal);
   frames(pictures.length);
-  const { settings, seconds } = pictures.at(-1);
+  const { settings, seconds, notes } = pictures.at(-1);
   say(`${settings.variant}, seed ${settings.seed}, ${settings.steps} steps, ` +
-    `${settings.width} × ${settings.height}: ${bySeconds(seconds)}${keep ? ", kept" : ""}`);
+    `${settings.width} × ${settings.height}: ${bySeconds(seconds)}${keep ? ", kept" : ""}` +
+    notes.map((note) => `. Note: ${note}`).join(""));
   state.slow = seconds > FAST ? state.slow + 1 : 0;
   if (state.slow > 1 && $("live").checked && !keep) { // twice: once may be chance
     $("live").checked = false;
