@@ -4,13 +4,26 @@ import signal
 
 import click
 
-from .arguments import lora_files_option
+from .arguments import lora_files_option, optional_model
 from .progress import Bar
+
+# Options of single parts, and the parts' folders.
+PARTS = {"clip": "text_encoder", "gemma": "text_encoder_2"}
+
+
+def part_option(name: str, what: str):
+    text = f"Hub id, folder or file of {what}."
+    return click.option(f"--{name.replace('_', '-')}", name, metavar="PART", help=text)
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", nargs=-1, callback=optional_model, metavar="[SOURCE]")
 @click.argument("dest")
+@part_option("transformer", "SnapGen++ or Qwen-Image")
+@part_option("vae", "the autoencoder, e.g. Qwen/Qwen-Image")
+@part_option("clip", "the first text encoder, e.g. wkcn/TinyCLIP-ViT-40M-32-Text-19M-LAION400M")
+@part_option("gemma", "the second text encoder, e.g. google/gemma-3-4b-it")
+@part_option("tiny_decoder", "the file taew2_1 of madebyollin/taehv")
 @click.option("--quantize", type=click.Choice(["4", "8"]), help="Bits of the large matrices.")
 @click.option(
     "--dtype",
@@ -50,13 +63,23 @@ def convert(
     few_step_lora,
     dry_run,
     report,
+    **named,
 ):
     """Convert SOURCE, a PyTorch checkpoint, into DEST, a folder for MLX.
 
     SOURCE is a Hub id (org/name or org/name@revision), a folder of a whole checkpoint or of one
     of its models, or a weight file (.safetensors, .bin, .pt, .pth, .ckpt). An interrupted run
     goes on where it was when started again.
+
+    With --transformer, --vae, --clip, --gemma and --tiny-decoder, single parts come from other
+    places, and SOURCE may be left out. If DEST is a converted model, the parts that it lacks are
+    added. All parts must fit together.
     """
+    parts = {PARTS.get(name, name): where for name, where in named.items() if where}
+    if source is None and not parts:
+        raise click.UsageError("Missing argument 'SOURCE'.")
+    if source is None and (only or revision or config):
+        raise click.UsageError("--only, --revision and --config are for SOURCE, which is missing")
     import mlx.core as mx
 
     from snapgen_mlx.convert.conversion_report import save_report
@@ -66,6 +89,7 @@ def convert(
         result = run(
             source,
             dest,
+            parts=parts,
             revision=revision,
             only=only.split(",") if only else None,
             dtype=getattr(mx, dtype) if dtype else None,

@@ -183,7 +183,7 @@ class Drawing:
         return picture
 
     def _write_preview(self, job: Job, step: Step) -> None:
-        shown = self.pipe.decode(step.x0, job.settings.background)
+        shown = self.pipe.decode(step.x0, job.settings.background, preview=True)
         save_picture(shown, self._preview_path(job, step.index), None)
 
     def _preview_path(self, job: Job, index: int) -> Path:

@@ -68,6 +68,9 @@ from .replay import Replay
     is_flag=True,
     help="Draw with the base model and its many steps, without the few-step LoRA.",
 )
+@click.option(
+    "--tiny-decoder", is_flag=True, help="Decode with the model's tiny decoder: faster, less exact."
+)
 @click.option("--text-encoder", help="Folder or Hub id of another Gemma 3, quantized or not.")
 @dtype_option
 @click.option(
@@ -94,6 +97,7 @@ def generate(
     source,
     loras,
     base,
+    tiny_decoder,
     text_encoder,
     dtype,
     within,
@@ -125,11 +129,9 @@ def generate(
     if explain:
         sizes = {k: given[k] for k in ("width", "height", "guidance")}
         variant = variants[0] if variants else None
-        click.echo(
-            _explanation(
-                model, text_encoder, variant, base, low_ram, dtype, image is not None, sizes
-            )
-        )
+        how = {"low_ram": low_ram, "editing": image is not None}
+        parts = (model, text_encoder, variant, base, tiny_decoder, dtype)
+        click.echo(_explanation(*parts, sizes=sizes, **how))
         return
     if within and (variants or source):
         raise UsageError("--within chooses the widths; leave out --variant and --from-metadata")
@@ -141,6 +143,7 @@ def generate(
         variants = variants or (replay.found["variant"],)
         seeds = seeds or (replay.found["seed"],)
         base = base or not replay.found.get("few_step")
+        tiny_decoder = tiny_decoder or replay.found.get("tiny_decoder", False)
         dtype = dtype or DTYPES.get(replay.found.get("dtype", ""))
         given = replay.complete(given)
     if not prompts or "-" in prompts:
@@ -165,6 +168,7 @@ def generate(
         text_encoder=text_encoder,
         loras=loras,
         base=base,
+        tiny_decoder=tiny_decoder,
         low_ram=low_ram,
         keep_encoders=False,
         dtype=dtype,
@@ -199,10 +203,12 @@ def _with_standard_input(prompts) -> tuple[str, ...]:
     return (*prompts[:at], *lines, *prompts[at + 1 :])
 
 
-def _explanation(model, text_encoder, variant, base, low_ram, dtype, editing, sizes) -> str:
+def _explanation(
+    model, text_encoder, variant, base, tiny_decoder, dtype, *, low_ram, editing, sizes
+) -> str:
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.layout import few_step_lora, load_config
-    from snapgen_mlx.loading import load_vae
+    from snapgen_mlx.loading import load_tiny_decoder, load_vae
     from snapgen_mlx.memory import ModelMemory, Request
     from snapgen_mlx.settings import Settings
     from snapgen_mlx.text_loading import load_text_encoders
@@ -212,7 +218,8 @@ def _explanation(model, text_encoder, variant, base, low_ram, dtype, editing, si
 
     folder = resolve_model(model)
     encoders = load_text_encoders(folder, text_encoder, dtype)
-    memory = ModelMemory(folder, load_vae(folder, dtype), encoders, dtype)
+    tiny = load_tiny_decoder(folder, dtype) if tiny_decoder else None
+    memory = ModelMemory(folder, load_vae(folder, dtype), encoders, dtype, tiny)
     name = memory.config.variants[-1] if variant in (None, "auto") else variant
     widths = parse_widths(name, memory.config.variants)
     few_steps = not base and all(few_step_lora(folder, width) for width, _ in widths)

@@ -15,18 +15,18 @@ def dtype_name(dtype: mx.Dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("mlx.core.")
 
 
-def make_report(source, path, settings: dict, components: dict[str, PlannedComponent]) -> dict:
+def make_report(source, settings: dict, components: dict[str, PlannedComponent]) -> dict:
     """What is converted from where, JSON-ready.
 
     Args:
-        source: as the user named it.
-        path: the local folder or file that it is.
+        source: as the user named it; None where every part has its own.
         settings: of the conversion; they stand in the report as they are.
         components: what was planned, by name.
     """
+    places = {c.origin: commit_of(c.root) for c in components.values()}
     return {
-        "source": str(source),
-        "revision": commit_of(path),
+        "source": ", ".join(places) if source is None else str(source),
+        "revision": places.get(str(source)),
         **settings,
         "bytes": sum(c.nbytes for c in components.values()),
         "components": {

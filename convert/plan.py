@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError, UsageError, name_keys
 from ..files import check_impostor, read_json
-from ..layout import COMPONENTS, TOKENIZERS, tokenizer_files
+from ..layout import COMPONENTS, TINY_DECODER, TOKENIZERS, tokenizer_files
 from ..tensors.formats import open_weights
 from ..tensors.readers import Info
 from ..tensors.safetensors_io import FLOATS
@@ -16,6 +16,7 @@ from ..tensors.scaled import ScaledFloat8
 from ..tensors.sharded import is_weights
 from ..tensors.stream import AffineRow, Component, Row, Step, copy_rows
 from .containers import find_model, result_shape
+from .rules import taehv_decoder
 from .rules.interface import QuantizableRules, Rules
 from .rules.registry import kind_of
 
@@ -40,6 +41,9 @@ class PlannedComponent(Component):
     dropped: list[Dropped] = field(default_factory=list)
     wrappers: dict[str, int] = field(default_factory=dict)
     is_ema: bool = False  # its weights are averages over the training
+    origin: str = ""  # as the user named it
+    root: Path = Path()  # the folder of the checkpoint that it is a part of
+    is_named: bool = False  # by itself, not found in a whole checkpoint
 
     @property
     def beside(self) -> list[str]:
@@ -97,14 +101,32 @@ def find_components(source, only=None, config=None) -> tuple[dict[str, PlannedCo
     return found, index
 
 
+def find_part(path: Path, name: str) -> PlannedComponent:
+    """One part of a model in a whole checkpoint's folder, in its own, or in a weight file.
+
+    Args:
+        path: of the folder or file.
+        name: of the part, such as "vae".
+    """
+    component = _component(path / name if (path / name).is_dir() else path, name)
+    usual = kind_of(component.source_config, component.config_file).folder
+    if usual != name and component.path.name != name:
+        raise SnapGenError(f"{path} holds a {usual}, not a {name}")
+    return component
+
+
 def _component(path: Path, name=None, config=None) -> PlannedComponent:
     folder = path if path.is_dir() else path.parent
     places = [folder / "config.json", folder / "open_clip_config.json"]
     place = Path(config) if config else next((p for p in places if p.is_file()), places[0])
-    if not place.is_file():
+    if name == TINY_DECODER and not place.is_file():
+        place = path  # its published files come without
+        source_config = taehv_decoder.described(open_weights(path).infos, path)
+    elif not place.is_file():
         hint = "" if name else "; give it with --config"
         raise SnapGenError(f"{path} has no config.json, so its type is unknown{hint}")
-    source_config = read_json(place)
+    else:
+        source_config = read_json(place)
     if "quantization" in source_config:
         raise SnapGenError(
             f"{folder} is quantized for MLX already: use it as it is (text encoders with "

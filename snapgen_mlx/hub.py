@@ -1,11 +1,12 @@
 """From what the user named to a local path: a file, a folder, or a download from the Hub."""
 
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from .errors import SnapGenError, UsageError, shown
-from .layout import COMPONENTS, FEW_STEP, FORMAT, load_config
+from .layout import COMPONENTS, FEW_STEP, FORMAT, TOKENIZERS, load_config
 from .tensors.sharded import EXTENSIONS, weight_names
 
 EMBEDDED = "embedded"  # name of the shipped model
@@ -45,7 +46,12 @@ def resolve_model(source) -> Path:
     return folder
 
 
-def resolve(source, revision: str | None = None, token: str | None = None) -> Path:
+def resolve(
+    source,
+    revision: str | None = None,
+    token: str | None = None,
+    only: Sequence[str] | None = None,
+) -> Path:
     """The local path of a source; downloads what is not there yet.
 
     Only files that conversion reads are downloaded (safetensors before ``.bin``), and whole files
@@ -55,6 +61,7 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
         source: an existing path, or a Hub id ``org/name[@revision]``.
         revision: branch, tag or commit on the Hub.
         token: for the Hub; None for the cached login.
+        only: parts of a whole checkpoint to download; None for all.
 
     Returns:
         The path itself, or the folder of the Hub's snapshot.
@@ -75,7 +82,7 @@ def resolve(source, revision: str | None = None, token: str | None = None) -> Pa
         )
     if revision and match["revision"]:
         raise UsageError(f"{source} names a revision already; leave out --revision {revision}")
-    return _download(match["repo"], revision or match["revision"], token)
+    return _download(match["repo"], revision or match["revision"], token, only)
 
 
 def local_path(source) -> Path:
@@ -98,7 +105,20 @@ def commit_of(path) -> str | None:
     return None
 
 
-def _download(repo: str, revision: str | None, token: str | None) -> Path:
+def _wanted(only: Sequence[str] | None, files: list[str]) -> list[str]:
+    """Patterns of what is downloaded of a repository with these ``files``."""
+    parts = [name for name in only or () if any(f.startswith(f"{name}/") for f in files)]
+    if not parts:  # all is wanted, or it is a single model
+        return USUAL + EXTRAS
+    folders = [*parts, *(TOKENIZERS[name] for name in parts if name in TOKENIZERS)]
+    inside = [f"{folder}/{p}" for folder in folders for p in USUAL[:2] + EXTRAS]
+    # What says how a transformer is sampled, and which latents are its own.
+    return [*inside, "*index.json", "scheduler/*.json", "vae/config.json", "README.md"]
+
+
+def _download(
+    repo: str, revision: str | None, token: str | None, only: Sequence[str] | None
+) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
@@ -108,11 +128,14 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
         0
     ]  # of httpx or httpx2, as its version has it
     unreachable = None
+    files: list[str] = []
     try:
         try:
             # snapshot_download would wait for the listing for ever.
             patience = constants.HF_HUB_ETAG_TIMEOUT
-            hub.HfApi(token=token).model_info(repo, revision=revision, timeout=patience)
+            api = hub.HfApi(token=token)
+            info = api.model_info(repo, revision=revision, timeout=patience)
+            files = [file.rfilename for file in info.siblings or []]
         except (http_error, errors.OfflineModeIsEnabled) as e:
             refused = isinstance(e, errors.HfHubHTTPError) and e.response.status_code < 500
             if refused:
@@ -128,8 +151,8 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
                 local_files_only=unreachable is not None,
             )
 
-        folder = Path(fetch(USUAL + EXTRAS))
-        parts = [c for c in COMPONENTS if (folder / c).is_dir()] or [""]
+        folder = Path(fetch(_wanted(only, files)))
+        parts = [c for c in only or COMPONENTS if (folder / c).is_dir()] or [""]
         if bare := [c for c in parts if _lacks_weights(folder / c)]:  # under no usual name
             fetch([f"{c}/*.{ext}".lstrip("/") for c in bare for ext in EXTENSIONS])
     except errors.GatedRepoError as e:

@@ -8,7 +8,9 @@ from .layout import TEXT_FOLDERS
 from .lora_file import find_file
 
 
-def ingredients(folder: Path, few_steps: list[Path], loras, text_encoder) -> dict[str, str]:
+def ingredients(
+    folder: Path, few_steps: list[Path], loras, text_encoder, tiny_decoder: Path | None = None
+) -> dict[str, str]:
     """Digests of a model, and of the LoRAs and the text encoder that go with it.
 
     Args:
@@ -16,10 +18,13 @@ def ingredients(folder: Path, few_steps: list[Path], loras, text_encoder) -> dic
         few_steps: the LoRAs with which its widths draw in few steps, if they do.
         loras: pairs (LoRA file, scale).
         text_encoder: a folder or Hub id; None for the model's own.
+        tiny_decoder: the folder of the decoder that takes the place of the autoencoder's.
     """
     found = {"model": digest(*(folder / name for name in ("transformer", "vae", *TEXT_FOLDERS)))}
     if few_steps:
         found["few-step LoRA"] = digest(*few_steps)
+    if tiny_decoder:
+        found["tiny decoder"] = digest(tiny_decoder)
     if loras:
         found["LoRA"] = digest(*(find_file(path) for path, _ in loras))
     if text_encoder:

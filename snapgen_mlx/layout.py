@@ -7,6 +7,7 @@ from .files import read_json
 
 FORMAT = {"format": "snapgen-mlx", "version": 1}  # part of a model folder's config.json
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+TINY_DECODER = "tiny_decoder"  # a model's folder of a decoder that is smaller than its own
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 # All that the states of a text depend on.
 TEXT_FOLDERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

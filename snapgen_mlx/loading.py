@@ -9,7 +9,7 @@ from .config import QWEN_IMAGE, ConfigMixin, DiTConfig, QwenImageConfig, Transfo
 from .device import DTYPES, inference_dtype, on_gpu, wide
 from .errors import SnapGenError, UsageError, shown
 from .hub import local_path
-from .layout import load_config
+from .layout import TINY_DECODER, load_config
 from .lora import add_lora, load_lora, load_updates
 from .models.autoencoder import (
     SnapGenAutoencoder,
@@ -19,12 +19,18 @@ from .models.autoencoder import (
 )
 from .models.dit import DiT
 from .models.elastic import random_supernet, slice_flat
-from .models.interfaces import Autoencoder, AutoencoderConfig
+from .models.interfaces import Autoencoder, AutoencoderConfig, Decoder
 from .models.qwen_image import QwenImage
+from .models.taehv import TAEHVConfig, TAEHVDecoder
+from .models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from .models.vae import AutoencoderKLQwenImage, VAEConfig
 from .tensors.affine import cast_floats, dequantize, quantize_like
 from .tensors.weights import assign, load_tensors, parameter_shapes
 
+TINY_DECODERS: dict[str, tuple[type, type[ConfigMixin]]] = {
+    "TAEHVDecoder": (TAEHVDecoder, TAEHVConfig),
+    "TinyDecoder": (TinyDecoder, TinyDecoderConfig),
+}
 Transformer = DiT | QwenImage  # each is asked in the same way
 
 # By the _class_name of their config.json: the class and its configuration.
@@ -168,3 +174,20 @@ def build_autoencoder(config: dict, where="config.json") -> Autoencoder:
         raise SnapGenError(f"{where}: unknown autoencoder {name!r}")
     model_class, config_class = AUTOENCODERS[name]
     return model_class(config_class.from_dict(config))
+
+
+def load_tiny_decoder(folder, dtype: mx.Dtype | None = None) -> Decoder:
+    """The tiny decoder of a model folder. Raises UsageError where there is none."""
+    path = Path(folder) / TINY_DECODER
+    if not path.is_dir():
+        raise UsageError(
+            f"{folder} has no tiny decoder; add one: snapgen-mlx convert {folder} "
+            "--tiny-decoder taew2_1.pth"
+        )
+    config = load_config(path)
+    name = config.get("_class_name")
+    if name not in TINY_DECODERS:
+        raise SnapGenError(f"{path / 'config.json'}: unknown decoder {name!r}")
+    model_class, config_class = TINY_DECODERS[name]
+    decoder = model_class(config_class.from_dict(config))
+    return assign(decoder, cast_floats(load_tensors(path), dtype or inference_dtype()), path)

@@ -16,7 +16,7 @@ from .device import inference_dtype, on_gpu, on_metal, usable_memory
 from .errors import UsageError, format_bytes
 from .loading import load_transformer, load_transformer_config
 from .models.dit import DiT
-from .models.interfaces import Autoencoder, TextEncoder
+from .models.interfaces import Autoencoder, Decoder, TextEncoder
 from .models.qwen_image import GROUP, TOKENS, QwenImage
 from .models.sizes import parameter_count
 from .tensors.palette import SUFFIX as PALETTE
@@ -74,13 +74,16 @@ class ModelMemory:
         vae: Autoencoder,
         encoders: list[TextEncoder],
         dtype: mx.Dtype | None = None,
+        decoder: Decoder | None = None,  # in place of the autoencoder's
     ):
         self.folder, self.dtype = Path(folder), dtype or inference_dtype()
         self.config = load_transformer_config(self.folder)
         self.metal, self.gpu = on_metal(), on_gpu()
-        self.decoder, self.encoder = vae.decoder_bytes, vae.encoder_bytes
+        decodes = vae if decoder is None else decoder
+        self.decoder, self.encoder = decodes.decoder_bytes, vae.encoder_bytes
         self.encoders = sum(encoder.nbytes for encoder in encoders)
         self.vae = vae.config  # not the network: it would stay in memory
+        self._decodes = decodes.config
         self._encoding = sum(encoder.encoding_bytes() for encoder in encoders)
         self._text_tokens = 1 + sum(encoder.max_tokens for encoder in encoders)
         names = {e.name for e in encoders}
@@ -139,7 +142,7 @@ class ModelMemory:
             for name in widths
         )
         size = self.dtype.size
-        decoding = self.vae.decoding_bytes(h, w, decoding_tile(r.low_ram), size)
+        decoding = self._decodes.decoding_bytes(h, w, decoding_tile(r.low_ram), size)
         reading = self.vae.encoding_bytes(h, w, size) if r.editing else 0
         return Prediction(
             encode=encoders and encoders + self._encoding + (dit + painter if keep else 0),

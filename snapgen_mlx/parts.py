@@ -6,16 +6,17 @@ from pathlib import Path
 import mlx.core as mx
 
 from .ingredients import ingredients
-from .layout import few_step_lora, load_config
+from .layout import TINY_DECODER, few_step_lora, load_config
 from .loading import (
     Transformer,
     given_dtype,
+    load_tiny_decoder,
     load_transformer,
     load_transformer_config,
     load_vae,
     lora_pairs,
 )
-from .models.interfaces import Autoencoder, TextEncoder
+from .models.interfaces import Autoencoder, Decoder, TextEncoder
 from .text_loading import load_text_encoders
 from .widths import parse_widths
 
@@ -26,12 +27,20 @@ class Parts:
     Arguments are as of ``Pipeline.load``.
     """
 
-    def __init__(self, folder, text_encoder, loras, base: bool, dtype: mx.Dtype | None):
+    def __init__(
+        self,
+        folder,
+        text_encoder,
+        loras,
+        base: bool,
+        dtype: mx.Dtype | None,
+        tiny_decoder: bool = False,
+    ):
         self.folder = Path(folder)
         self.config = load_config(self.folder)
         self.dit_config = load_transformer_config(self.folder)
         self.text_encoder, self.loras, self.base = text_encoder, lora_pairs(loras), base
-        self.dtype = given_dtype(dtype)
+        self.tiny_decoder, self.dtype = tiny_decoder, given_dtype(dtype)
         self._dits: dict[str, Transformer] = {}
         self.variant = ""
         self.switch(self.dit_config.variants[-1])
@@ -75,6 +84,19 @@ class Parts:
         return load_vae(self.folder, self.dtype)
 
     @cached_property
+    def tiny(self) -> Decoder:
+        return load_tiny_decoder(self.folder, self.dtype)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What makes pictures of latents."""
+        return self.tiny if self.tiny_decoder else self.vae
+
+    def previewer(self) -> Decoder:
+        """What makes pictures of steps: the tiny decoder, where the model has one."""
+        return self.tiny if (self.folder / TINY_DECODER).is_dir() else self.decoder
+
+    @cached_property
     def encoders(self) -> list[TextEncoder]:
         return load_text_encoders(self.folder, self.text_encoder, self.dtype)
 
@@ -94,4 +116,5 @@ class Parts:
     def digests(self) -> dict[str, str]:
         """Of each thing that a picture depends on beside its settings."""
         few_steps = list(self.few_steps.values())
-        return ingredients(self.folder, few_steps, self.loras, self.text_encoder)
+        tiny = self.folder / TINY_DECODER if self.tiny_decoder else None
+        return ingredients(self.folder, few_steps, self.loras, self.text_encoder, tiny)

@@ -34,6 +34,7 @@ OTHERS: dict[str, tuple[type, ...]] = {
     "digests": (dict,),
     "dtype": (str,),
     "few_step": (bool,),
+    "tiny_decoder": (bool,),
     "model": (str,),
     "text_encoder": (str,),
     "loras": (list,),

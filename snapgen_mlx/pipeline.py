@@ -41,18 +41,19 @@ class Pipeline(Parts):
         text_encoder=None,
         loras=(),
         base: bool = False,
+        tiny_decoder: bool = False,
         low_ram: bool = False,
         keep_encoders: bool = True,
         dtype: mx.Dtype | None = None,
         force: bool = False,
     ):
         set_limits()
-        super().__init__(folder, text_encoder, loras, base, dtype)
+        super().__init__(folder, text_encoder, loras, base, dtype, tiny_decoder)
         if text_encoder is not None and "gemma" not in self.dit_config.text_dims:
             raise UsageError("this model reads no Gemma states; leave out the text encoder")
         self.low_ram, self.keep_encoders, self.force = low_ram, keep_encoders, force
         self._texts: dict[str, tuple[dict, dict]] = {}
-        self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype)
+        self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype, self.decoder)
         if variant is None or (isinstance(variant, str) and variant == "auto"):
             sizes = {"width": width, "height": height, "guidance": guidance}
             largest = self.settings("any", **sizes, strength=1.0 if editing else None)
@@ -73,6 +74,7 @@ class Pipeline(Parts):
             text_encoder: a folder or Hub id of another Gemma 3.
             loras: pairs (LoRA file, scale).
             base: draw without the LoRA with which a width needs few steps.
+            tiny_decoder: decode with the folder's tiny decoder: faster, less exact.
             low_ram: hold the weights of one phase at a time and decode in smaller tiles.
             keep_encoders: False frees heavy text encoders after each use.
             dtype: to compute with (default: ``inference_dtype``).
@@ -246,19 +248,23 @@ class Pipeline(Parts):
                         mx.eval(weight)
             yield self.width(name)
 
-    def decode(self, latents: mx.array, background: str | None = None) -> Image.Image:
+    def decode(
+        self, latents: mx.array, background: str | None = None, preview: bool = False
+    ) -> Image.Image:
         """Decode a normalised latent to a picture, RGB or RGBA.
 
         Args:
             latents: (1, h, w, C).
             background: as of ``Settings``; None keeps the picture's transparency.
+            preview: use the tiny decoder, where the model has one.
         """
         if self.low_ram:
             self.free("encoders", "dit")
         check_latent(latents, self.dit_config.latent_channels)
         check_finite([latents], "the latent")
-        image = self.vae.decode(latents, decoding_tile(self.low_ram))
-        check_finite([image], "the autoencoder's picture", self.vae)
+        decoder = self.previewer() if preview else self.decoder
+        image = decoder.decode(latents, decoding_tile(self.low_ram))
+        check_finite([image], "the autoencoder's picture", decoder)
         return to_picture(image[0], background)
 
     def generate(self, prompt: str, **settings) -> Image.Image:
@@ -315,6 +321,7 @@ class Pipeline(Parts):
             "variant": self.variant,
             "dtype": next(k for k, v in DTYPES.items() if v == self.dtype),
             **({"few_step": True} if self.few_steps else {}),
+            **({"tiny_decoder": True} if self.tiny_decoder else {}),
             "model": source.get("name", self.folder.name),
             **names_of(self.loras, self.text_encoder),
             "digests": self.digests,

@@ -330,10 +330,10 @@ def one_place(model, tmp_path, monkeypatch):
     held, drawing = threading.Event(), threading.Event()
     decode = Pipeline.decode
 
-    def slowly(self, *given):
+    def slowly(self, *given, **options):
         drawing.set()
         held.wait(20)
-        return decode(self, *given)
+        return decode(self, *given, **options)
 
     monkeypatch.setattr(Pipeline, "decode", slowly)
     with (

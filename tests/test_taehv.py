@@ -41,7 +41,7 @@ def test_an_image_is_the_video_of_one_latent(pair, size):
     expected = 2 * frames[:, 0].permute(0, 2, 3, 1).numpy() - 1
     assert 0.5 < (np.abs(expected) < 1).mean() < 1  # clamped here and there
     decoded = np.array(ours.decode(latents))
-    assert decoded.shape == expected.shape and np.abs(decoded - expected).max() < 1e-5
+    assert decoded.shape == expected.shape and np.abs(decoded - expected).max() < 2e-5  # of 2
 
 
 def test_keys_and_shapes_are_the_original_ones(pair):

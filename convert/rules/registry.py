@@ -3,7 +3,14 @@
 from typing import NamedTuple
 
 from ...errors import SnapGenError
-from . import clip, qwen_transformer, qwen_vae, snapgen_autoencoder, transformer
+from . import (
+    clip,
+    qwen_transformer,
+    qwen_vae,
+    snapgen_autoencoder,
+    taehv_decoder,
+    transformer,
+)
 from .interface import Rules
 from .text_towers import GEMMA, QWEN
 
@@ -28,6 +35,7 @@ KINDS = {
     "AutoencoderKLQwenImage": Kind("vae", qwen_vae, "diffusers", "AutoencoderKLQwenImage"),
     "SnapGenAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "SnapGenAutoencoder"),
     "StickerAutoencoder": Kind("vae", snapgen_autoencoder, "snapgen_mlx", "StickerAutoencoder"),
+    "TAEHVDecoder": Kind("tiny_decoder", taehv_decoder, "taehv", "TAEHV"),
     "clip_text_model": Kind("text_encoder", clip, "transformers", "CLIPTextModel", "CLIPTokenizer"),
     "gemma3_text": Kind(
         "text_encoder_2", GEMMA, "transformers", "Gemma3TextModel", "GemmaTokenizer"

@@ -7,8 +7,8 @@ import mlx.core as mx
 from ..tensors.weights import Network
 
 
-class AutoencoderConfig(Protocol):
-    """Sizes of an autoencoder, known without its weights."""
+class DecoderConfig(Protocol):
+    """Sizes of a decoder, known without its weights."""
 
     @property
     def downsampling(self) -> int:
@@ -30,6 +30,10 @@ class AutoencoderConfig(Protocol):
         size: bytes of a float, where the weights are not always float32.
         """
 
+
+class AutoencoderConfig(DecoderConfig, Protocol):
+    """Sizes of an autoencoder, known without its weights."""
+
     def encoding_bytes(self, h: int, w: int, size: int) -> int:
         """Bytes of activations of encoding a picture, predicted.
 
@@ -40,22 +44,15 @@ class AutoencoderConfig(Protocol):
         """
 
 
-class Autoencoder(Network, Protocol):
-    """Pictures to latents and back."""
+class Decoder(Network, Protocol):
+    """Latents to pictures."""
 
     @property
-    def config(self) -> AutoencoderConfig: ...
+    def config(self) -> DecoderConfig: ...
 
     @property
     def decoder_bytes(self) -> int:
         """Of the weights that ``decode`` reads."""
-
-    @property
-    def encoder_bytes(self) -> int:
-        """Of the weights that ``encode`` reads."""
-
-    def encode(self, images: mx.array) -> mx.array:
-        """Images (B, H, W, image_channels) in [-1, 1] -> normalised latents (B, h, w, C)."""
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
         """Decode normalised latents.
@@ -68,6 +65,20 @@ class Autoencoder(Network, Protocol):
         Returns:
             Images (B, H, W, image_channels) in [-1, 1].
         """
+
+
+class Autoencoder(Decoder, Protocol):
+    """Pictures to latents and back."""
+
+    @property
+    def config(self) -> AutoencoderConfig: ...
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Of the weights that ``encode`` reads."""
+
+    def encode(self, images: mx.array) -> mx.array:
+        """Images (B, H, W, image_channels) in [-1, 1] -> normalised latents (B, h, w, C)."""
 
 
 class TextStates(Protocol):

@@ -11,17 +11,38 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import ConfigMixin
+from ..device import on_gpu
+from .sizes import weight_bytes
 from .tiny_decoder import upsample_nearest
 
 CHANNELS = (256, 128, 64, 64)  # channels of the three stages and of the layer that gives pixels
+# Numbers held for each position of the last stage, at four times the latent's sides (measured).
+FLOATS = 4000
 LIMIT = 3.0  # largest value of a latent; tanh bends values towards it
 
 
+def evaluated(x: mx.array) -> mx.array:
+    """x, before more is computed: MLX would hold the unfolded inputs of many convolutions."""
+    mx.eval(x)
+    return x
+
+
 @dataclass
-class TAEHVConfig:
+class TAEHVConfig(ConfigMixin):
+    """Sizes; a latent is normalised as that of ``VAEConfig`` with its own means and deviations."""
+
     image_channels: ClassVar[int] = 3
     downsampling: ClassVar[int] = 8
+    always_float32: ClassVar[bool] = False
     latent_channels: int = 16
+
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
+        """A block of the last stage with its unfolded convolutions.
+
+        A GPU does not unfold and is counted half (an estimate).
+        """
+        return size * 16 * h * w * FLOATS // (2 if on_gpu() else 1)
 
 
 class MemoryBlock(nn.Module):
@@ -71,19 +92,26 @@ class TAEHVDecoder(nn.Module):
         d = self.decoder
         x = nn.relu(d[1](LIMIT * mx.tanh(latents / LIMIT)))
         for block in d[3:6]:
-            x = block(x)
-        x = d[8](d[7].conv(upsample_nearest(x)))
+            x = evaluated(block(x))
+        x = evaluated(d[8](d[7].conv(upsample_nearest(x))))
         for block in d[9:12]:
-            x = block(x)
+            x = evaluated(block(x))
         # Two frames from here on: each block of the later one sees what the earlier one's saw.
         past, x = mx.split(d[13].conv(upsample_nearest(x)), 2, axis=-1)
-        past, x = d[14](past), d[14](x)
+        past, x = evaluated(d[14](past)), evaluated(d[14](x))
         for block in d[15:18]:
-            past, x = block(past), block(x, past)
+            past, x = evaluated(block(past)), evaluated(block(x, past))
         last = d[19].conv.weight[CHANNELS[2] :]  # of its two frames
-        x = d[20](mx.conv2d(upsample_nearest(x), last))
+        x = evaluated(d[20](mx.conv2d(upsample_nearest(x), last)))
         return d[22](nn.relu(x))
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1]."""
+    @property
+    def decoder_bytes(self) -> int:
+        return weight_bytes(self)
+
+    def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1].
+
+        It needs little memory, and ``tile`` is not used.
+        """
         return 2 * mx.clip(self(latents.astype(self.decoder[1].bias.dtype)), 0, 1) - 1

@@ -2,24 +2,39 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import ConfigMixin
+from .sizes import weight_bytes
+
+FLOATS = 950  # numbers held for each pixel, with 256 channels (measured)
+
 
 @dataclass
-class TinyDecoderConfig:
+class TinyDecoderConfig(ConfigMixin):
     """Stage widths from the latent's resolution up; each stage after the first doubles it.
 
     ``patch`` > 1 ends with ``patch`` x ``patch`` pixels per position instead of another stage.
     The image is ``2 ** (len(channels) - 1) * patch`` times the latent's size.
     """
 
+    image_channels: ClassVar[int] = 3
+    always_float32: ClassVar[bool] = False
     latent_channels: int = 16
     channels: tuple[int, ...] = (256, 256, 128, 32)
     blocks: int = 2
     expansion: int = 2
     patch: int = 1
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channels) - 1) * self.patch
+
+    def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
+        return size * h * w * self.downsampling**2 * FLOATS * max(self.channels) // 256
 
 
 def _shifts(x: mx.array):
@@ -134,6 +149,13 @@ class TinyDecoder(nn.Module):
         x = self.conv_out(nn.relu(x))
         return depth_to_space(x, self.config.patch) if self.config.patch > 1 else x
 
-    def decode(self, latents: mx.array) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, H, W, 3) in [-1, 1]."""
-        return mx.clip(self(latents), -1, 1)
+    @property
+    def decoder_bytes(self) -> int:
+        return weight_bytes(self)
+
+    def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
+        """Normalised latents (B, h, w, C) -> images (B, H, W, 3) in [-1, 1].
+
+        It needs little memory, and ``tile`` is not used.
+        """
+        return mx.clip(self(latents.astype(self.conv_in.weight.dtype)), -1, 1)

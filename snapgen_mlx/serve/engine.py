@@ -244,7 +244,7 @@ class Engine:
                 made = step.index + 1
                 preview = None
                 if made < steps and _shows(made, steps, job.previews):
-                    preview = pipe.decode(step.x0, settings.background)
+                    preview = pipe.decode(step.x0, settings.background, preview=True)
                 left = (time.perf_counter() - started) / made * (steps - made)
                 job.emit(Progress(number, made, steps, left, preview))
             image = pipe.decode(step.x, settings.background)
