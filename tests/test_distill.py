@@ -1,5 +1,6 @@
 """Distillation: losses, teachers and steps against independent implementations; runs; commands."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -30,7 +31,7 @@ from snapgen_mlx.training.distill import (
     feature_loss,
     timestep_aware,
 )
-from snapgen_mlx.training.flow_matching import add_noise
+from snapgen_mlx.training.flow_matching import add_noise, sample_timesteps
 from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
 from snapgen_mlx.training.loop import Inputs, fixed_batches
 from snapgen_mlx.training.lora_training import SCALE, lora_params
@@ -104,6 +105,20 @@ def test_alpha():
     )
     ratio = (density.log_prob(z) - density.log_prob(torch.tensor(0.5).double())).exp()
     np.testing.assert_allclose(alpha(mx.array(z.float().numpy())), ratio, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.7, 3.0, 6.0])
+def test_alpha_follows_the_timesteps_that_are_drawn(shift):
+    """1 at the largest density, and elsewhere as the density, which is measured by drawing."""
+    t = mx.linspace(0.002, 0.998, 4000)
+    a = np.array(alpha(t, shift))
+    assert abs(a.max() - 1) < 1e-5
+    drawn = np.array(sample_timesteps(mx.random.key(0), 1_000_000, shift))
+    counts, edges = np.histogram(drawn, 25, (0, 1))
+    per_bin = np.array([a[(t >= lo) & (t < hi)].mean() for lo, hi in itertools.pairwise(edges)])
+    np.testing.assert_allclose(counts / counts.sum(), per_bin / per_bin.sum(), atol=2e-3)
+    if shift == 3:
+        assert abs(np.array(t)[a.argmax()] - 0.861) < 2e-3
 
 
 def test_timestep_aware_scaling():
@@ -252,7 +267,7 @@ def test_a_teacher_with_its_own_text():
 
 
 def kd_trainer(config, **options) -> KDTrainer:
-    options = KDOptions(warmup=2, clip=1e9, **options)
+    options = KDOptions(warmup=2, clip=1e9, shift=2.0, **options)
     return KDTrainer(config, toy_params(config), options, teacher=toy_teacher(seed=3))
 
 
@@ -281,7 +296,7 @@ def test_kd_gradients_are_autograds(distill):
         tokens = models[i].features(x_t, time, models[i].condition_text(text, masks, 4))
         v = models[i].head(tokens, time)
         flow, out = (((v - a) ** 2).mean(axis=(1, 2, 3)) for a in (target, theirs))
-        a = alpha(noise["t"])
+        a = alpha(noise["t"], 2.0)
         loss = (a * flow + (1 - a) * mx.stop_gradient(flow / out) * out).mean()
         phi = tokens @ params[f"projector.{i}.weight"].T + params[f"projector.{i}.bias"]
         loss = loss + ((phi - features) ** 2).mean()

@@ -11,9 +11,14 @@ from mlx.utils import tree_flatten
 
 from snapgen_mlx import memory
 from snapgen_mlx.cli.main import main
+from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import empty_models, slice_flat
+from snapgen_mlx.models.sizes import weight_bytes
 from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.few_steps import with_critic
+from snapgen_mlx.training.kdmd import KDMDOptions, KDMDTrainer
 from snapgen_mlx.training.lora_training import attach_lora, lora_params
+from snapgen_mlx.training.teacher import ModelTeacher
 from snapgen_mlx.training.training_memory import TrainingMemory
 
 from .tiny import tiny_config, write_tiny_model
@@ -36,7 +41,7 @@ def uncompiled():
     ids=lambda o: str(o),
 )
 def test_prediction_against_the_peak(options):
-    """Within the quarter that the module promises, on a model between tiny and embedded."""
+    """Within the 15 % that the module promises, on a model between tiny and embedded."""
     config = toy_config(
         hidden_size=128, head_dim=16, layers=[1, 4, 2], ffn_ratio=[4, 3, 4], downsample=True
     )
@@ -62,7 +67,45 @@ def test_prediction_against_the_peak(options):
     mx.reset_peak_memory()
     trainer.step(*batch, [1])
     predicted = TrainingMemory(config, (16, 16), TOKENS, frozen).peak(options, 8)
-    assert predicted == pytest.approx(mx.get_peak_memory() - max(before, 0), rel=0.25)
+    assert predicted == pytest.approx(mx.get_peak_memory() - max(before, 0), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate": 4}],
+    ids=lambda o: str(o),
+)
+def test_distilling_a_narrow_width_with_a_wide_teacher(options):
+    """The teacher's guided pass is wider than the student's, and counts."""
+    config = toy_config(
+        hidden_size=256, head_dim=16, layers=[1, 4, 2], ffn_ratio=[4, 3, 4], downsample=True
+    )
+    params, models = toy_params(config), {}
+    for i in (0, 2):
+        models[i] = DiT(config.variant(i))
+        models[i].load_weights(list(slice_flat(params, config, i).items()), strict=True)
+    dit, teacher = models[0], ModelTeacher(models[2])
+    frozen = weight_bytes(dit)
+    attach_lora(dit, lora_params(dit.config, 16))
+    o = KDMDOptions(lora=16, critic_steps=1, warmup=0, steps=10, **options)
+    trainer = KDMDTrainer(dit, teacher, o)
+    del params, models, dit
+    rng = np.random.default_rng(0)
+    x0 = mx.array(rng.standard_normal((16, 8, 8, 4), dtype=np.float32))
+    text = {"toy": mx.array(rng.standard_normal((16, TOKENS, 8), dtype=np.float32))}
+    noise, _ = trainer.draw(rng, mx.random.key(0), x0.shape)
+    batch = (x0, text, {"toy": mx.ones((16, TOKENS), mx.bool_)}, noise, 3)
+    trainer.step(*batch)
+    gc.collect()
+    mx.clear_cache()
+    held = sum(a.nbytes for a in trainer.state().values()) + frozen + teacher.memory.weights
+    before = mx.get_active_memory() - held
+    mx.reset_peak_memory()
+    trainer.step(*batch)
+    memory = TrainingMemory(trainer.model.config, (8, 8), TOKENS, frozen, teacher=teacher.memory)
+    predictor = with_critic(memory, trainer.model.config, 16)
+    measured = mx.get_peak_memory() - max(before, 0)
+    assert predictor.peak(o, 16) == pytest.approx(measured, rel=0.15)
 
 
 def test_refusal_says_what_fits(monkeypatch):

@@ -5,6 +5,7 @@ joined by timestep-aware scaling S [after SnapGen; ours], and the distance to th
 tokens, which a Linear per width, phi, maps the student's to.
 """
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -21,12 +22,20 @@ from .teacher import Teacher, pad_text, velocity_and_tokens
 PROJECTOR = "projector"
 
 
-def alpha(t: mx.array) -> mx.array:
-    """rho(t) / rho(1/2) of the logit-normal density rho: 1 in the middle, 0 at both ends."""
-    return mx.exp(-0.5 * mx.log(t / (1 - t)).square()) / (4 * t * (1 - t))
+def alpha(t: mx.array, shift: float = 1.0) -> mx.array:
+    """The density of the timesteps that training draws (``flow_matching.sample_timesteps``) at t
+    (B,): 1 where it is largest, 0 at both ends."""
+    # In x = log(t / (1-t)) they are normal around log(shift); the density in t is largest where
+    # x = log(shift) + tanh(x / 2), which repetition finds.
+    centre = top = math.log(shift)
+    for _ in range(50):
+        top = centre + math.tanh(top / 2)
+    x = mx.log(t / (1 - t))
+    largest = math.exp(-0.5 * (top - centre) ** 2) * (2 * math.cosh(top / 2)) ** 2
+    return mx.exp(-0.5 * (x - centre).square()) / (largest * t * (1 - t))
 
 
-def timestep_aware(flow: mx.array, out: mx.array, t: mx.array) -> mx.array:
+def timestep_aware(flow: mx.array, out: mx.array, t: mx.array, shift: float = 1.0) -> mx.array:
     """S of the losses [paper Eq. 6; after SnapGen].
 
     Where training draws most timesteps it is the flow loss. Elsewhere it is the teacher's loss,
@@ -36,11 +45,12 @@ def timestep_aware(flow: mx.array, out: mx.array, t: mx.array) -> mx.array:
         flow: flow loss (B,).
         out: distance from the teacher (B,).
         t: timesteps (B,).
+        shift: of the timesteps that training draws.
 
     Returns:
         (B,).
     """
-    weight = alpha(t)
+    weight = alpha(t, shift)
     ratio = mx.stop_gradient(flow / mx.maximum(out, 1e-6))
     return weight * flow + (1 - weight) * ratio * out
 
@@ -128,7 +138,7 @@ class KDTrainer(ElasticTrainer):
         flow = (v - target).square().mean(axis=(1, 2, 3))
         out = (v - guide["v_teacher"]).square().mean(axis=(1, 2, 3))
         features = feature_loss(tokens, projector_of(own), guide["f_teacher"]).mean()
-        loss = timestep_aware(flow, out, batch[1]).mean() + features
+        loss = timestep_aware(flow, out, batch[1], self.options.shift).mean() + features
         if "v_full" in guide:
             loss = loss + self.options.distill * (v - guide["v_full"]).square().mean()
         return loss, {"loss": flow.mean(), "out": out.mean(), "features": features}, v

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..config import DiTConfig
 from ..device import training_dtype
 from ..errors import UsageError
 from ..loading import load_dit, load_float_supernet, load_vae
@@ -95,11 +96,14 @@ def distill_few_steps(
 
 def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> TrainingMemory:
     """Predicts what distilling one width of a model folder needs."""
-    # The critic: its LoRA in float32, Adam's two moments and gradients.
-    critic = 4 * 4 * sum(a.size for a in lora_params(dit.config, rank).values())
     memory = TrainingMemory.from_model(model, teacher.memory)
-    frozen = weight_bytes(dit)
-    return replace(memory, config=dit.config, frozen=frozen, beside=critic, guided=True)
+    return with_critic(replace(memory, frozen=weight_bytes(dit)), dit.config, rank)
+
+
+def with_critic(memory: TrainingMemory, config: DiTConfig, rank: int) -> TrainingMemory:
+    """``memory`` of one width, with the critic's LoRA in float32, its two moments and gradients."""
+    critic = 4 * 4 * sum(a.size for a in lora_params(config, rank).values())
+    return replace(memory, config=config, beside=critic, guided=True)
 
 
 def to_watch(data: LatentDataset) -> LatentDataset:
