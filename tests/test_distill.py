@@ -107,7 +107,7 @@ def test_alpha():
     np.testing.assert_allclose(alpha(mx.array(z.float().numpy())), ratio, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shift", [1.0, 1.7, 3.0, 6.0])
+@pytest.mark.parametrize("shift", [1.0, 1.7, 3.0])
 def test_alpha_follows_the_timesteps_that_are_drawn(shift):
     """1 at the largest density, and elsewhere as the density, which is measured by drawing."""
     t = mx.linspace(0.002, 0.998, 4000)
