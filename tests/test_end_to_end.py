@@ -268,13 +268,23 @@ def dequantized(quantized, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dequantized") / "model"
     assert "became floats" in invoke("export", quantized, folder)
     pipeline = TorchPipeline(folder)
-    # Export rounds to the scales' bfloat16, which Gemma on a CPU does not.
+    # Export rounds to the scales' bfloat16; on a CPU packed layers become float32.
     gemma, *_ = pipeline.encoders["gemma"]
-    tensors = load_tensors(quantized / "text_encoder_2")
-    tensors = {k: a if a.dtype == mx.uint32 else a.astype(mx.float32) for k, a in tensors.items()}
-    floats = dequantize(tensors, {f"model.{k}": a.shape for k, a in gemma.state_dict().items()})
-    state = {k.removeprefix("model."): torch.tensor(np.array(a)) for k, a in floats.items()}
-    gemma.load_state_dict(state, strict=True)
+    for part, module, prefix in (
+        ("transformer", pipeline.dit, ""),
+        ("text_encoder_2", gemma, "model."),
+    ):
+        tensors = load_tensors(quantized / part)
+        packed = {key.removesuffix(".scales") for key in tensors if key.endswith(".scales")}
+        shapes = {prefix + key: a.shape for key, a in module.state_dict().items()}
+        floats = dequantize(tensors, shapes)
+        state = {
+            f"{layer}.weight".removeprefix(prefix): torch.tensor(
+                np.array(floats[f"{layer}.weight"])
+            )
+            for layer in packed
+        }
+        module.load_state_dict(state, strict=False)
     return pipeline
 
 

@@ -348,7 +348,10 @@ def test_every_width_is_the_slice_of_the_rounded_supernet(model, quantized, back
             )
             in recipe.layers
         ):
-            assert mx.allclose(a, expected[key], atol=1e-7), key
+            # `rounding` gives affine weights in float16, whose steps are 2^-14 below 0.125; a CPU
+            # expands them to float32.
+            atol = 2**-14 if backend == "affine" else 1e-7
+            assert mx.allclose(a, expected[key], atol=atol), key
         elif "kv_compress" in key and backend == "palette":
             assert mx.allclose(a, expected[key], atol=1e-2), key
         else:
@@ -390,7 +393,8 @@ def test_other_commands_read_it(quantized, tmp_path, backend):
     back = load_tensors(tmp_path / "back" / "transformer")
     whole = dict(tree_flatten(load_dit(folder, "full", mx.float32).parameters()))
     for key in ("down.0.attn.to_q.weight", "final.proj.weight", "down.0.attn.kv_compress.k.weight"):
-        assert mx.array_equal(back[key].astype(mx.float32), whole[key])
+        exported = back[key].astype(mx.float32)  # in the scales' float16
+        assert mx.allclose(exported, whole[key], rtol=2**-10, atol=1e-7)
 
     args = ("generate", "a cat", "-m", folder, "-o", tmp_path / "x.png", "--variant", "small")
     assert run(*args).exit_code == 0
