@@ -6,8 +6,8 @@ from pathlib import Path
 from .device import usable_memory
 from .errors import SnapGenError
 from .files import folder_bytes
-from .layout import TOKENIZERS, few_step_lora, load_config
-from .loading import load_vae
+from .layout import TINY_DECODER, TOKENIZERS, few_step_lora, load_config
+from .loading import load_tiny_decoder, load_vae
 from .memory import ModelMemory, Request
 from .sampling import FEW_STEPS
 from .settings import Settings
@@ -37,6 +37,8 @@ def describe(folder) -> dict:
     for name in TOKENIZERS:
         if (folder / name).is_dir():
             parts[name] = {"kind": load_config(folder / name).get("model_type")}
+    if (folder / TINY_DECODER).is_dir():
+        parts[TINY_DECODER] = {"kind": type(load_tiny_decoder(folder)).__name__}
     request = Request(s.width, s.height, s.guidance != 1)
     variants = memory.config.variants
     few_steps = [name for name in variants if few_step_lora(folder, name)]

@@ -46,14 +46,14 @@ def differences(found: dict, here: dict) -> list[str]:
     Args:
         found: settings of a picture (``read_metadata``).
         here: what a picture that is drawn now would carry (``Pipeline.metadata``). Another width
-            than the picture's was asked for, and so was its LoRA.
+            or decoder than the picture's was asked for, and so was what goes with it.
     """
     before, now = found.get("digests"), here.get("digests", {})
     if before is None:  # of an early version: all that is known is a name
         return ["another model"] if found.get("model") != here.get("model") else []
     words = []
-    how = ("variant", "few_step")
-    asked = {"few-step LoRA"} if any(found.get(k) != here.get(k) for k in how) else set()
+    how = {"variant": "few-step LoRA", "few_step": "few-step LoRA", "tiny_decoder": "tiny decoder"}
+    asked = {name for k, name in how.items() if found.get(k) != here.get(k)}
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name) and name not in asked:
             article = (

@@ -16,10 +16,20 @@ WORDS = 60  # characters of a prompt in a file name
 
 
 def file_words(text: str) -> str:
-    """The letters and digits of a text, of any script, as a part of a name: "A Cat!" is "a-cat"."""
-    text = unicodedata.normalize("NFC", text.lower())
-    words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
-    return "-".join(words)[:WORDS].strip("-") or "picture"
+    """The letters and digits of a text, of any script, as a part of a name: "A Cat!" is "a-cat".
+
+    Emoji stand for their names.
+    """
+    text = unicodedata.normalize("NFC", text)
+    spelt = "".join(_spelt(c) for c in text).lower()
+    return "-".join(spelt.split())[:WORDS].strip("-") or "picture"
+
+
+def _spelt(c: str) -> str:
+    if unicodedata.category(c) == "So":
+        return f" {unicodedata.name(c, '').replace('-', ' ')} "
+    is_mark_of_emoji = unicodedata.name(c, "").startswith("VARIATION SELECTOR")
+    return c if unicodedata.category(c)[0] in "LMN" and not is_mark_of_emoji else " "
 
 
 def output_pattern(output: str | None, widths: bool = False) -> str:

@@ -29,7 +29,7 @@ def notes(s: Settings, encoders: Sequence[TextEncoder], size: int, few_step: boo
             if kept := kept_text(encoder, text):
                 found.append(
                     f"{shown}: the text encoder {encoder.name} reads {encoder.max_tokens} of "
-                    f"{encoder.token_count(text)} tokens, up to {kept[-SHOWN:]!r}"
+                    f"{encoder.token_count(text)} tokens, up to {kept[-SHOWN:].lstrip()!r}"
                 )
     if s.negative and not is_guided:
         found.append("the negative text has no effect at guidance 1; try guidance 4")

@@ -7,10 +7,10 @@ from pathlib import Path
 from .description import describe
 from .errors import SnapGenError, UsageError, format_bytes
 from .hub import HUB_ID, resolve_model
-from .layout import COMPONENTS, FEW_STEP, TOKENIZERS
+from .layout import COMPONENTS, FEW_STEP, TINY_DECODER, TOKENIZERS
 from .vocabulary import known_words
 
-PARTS = (*COMPONENTS, *TOKENIZERS.values(), FEW_STEP)
+PARTS = (*COMPONENTS, *TOKENIZERS.values(), FEW_STEP, TINY_DECODER)
 FRONT_MATTER = re.compile(r"---\n.*?\n---\n", re.DOTALL)
 
 

@@ -133,6 +133,7 @@ def test_words_of_any_script_make_names():
     assert [file_words(text) for text in ("猫", "Кот!", "a Café", "हिन्दी", "...")] == [
         *("猫", "кот", "a-café", "हिन्दी", "picture")
     ]
+    assert file_words("\U0001f431 \u2764\ufe0f!") == "cat-face-heavy-black-heart"
 
 
 def test_writers_of_one_name_do_not_overwrite_each_other(tmp_path):
@@ -215,6 +216,19 @@ def test_progress_is_a_line_every_few_seconds_in_a_log(run, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     assert "a cat: step 1 of 1, 0 s left\n" in run("a\n\x1b cat").stderr
     assert run("a cat", "--quiet").output == ""
+
+
+def test_progress_of_any_unit(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    bar = progress.Bar("layer")
+    bar.update(1, 2)
+    progress.Bar("B").update(3_000_000, 3_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("layer 1 of 2, ") and lines[1] == "3 MB of 3 MB, 0 s left"
+    monkeypatch.setattr(progress, "EVERY", 5.0)
+    for i in range(1000):
+        progress.Bar("layer").update(i, 1000)
+    assert capsys.readouterr().err == ""
 
 
 def test_guidance_on_a_model_of_few_steps(tmp_path):

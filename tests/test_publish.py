@@ -9,7 +9,10 @@ from huggingface_hub import constants
 
 from snapgen_mlx import Pipeline
 from snapgen_mlx.cli.main import main
+from snapgen_mlx.files import write_json
+from snapgen_mlx.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from snapgen_mlx.publish import model_card
+from snapgen_mlx.tensors.weights import flat_parameters, save_tensors
 
 from .fake_hub import COMMIT, FakeHub
 from .tiny import write_tiny_model
@@ -33,6 +36,10 @@ def model(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["source"] = {"name": "org/base", "revision": "abc"}
     (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"channels": [8, 8], "blocks": 1, "patch": 4}
+    decoder = TinyDecoder(TinyDecoderConfig.from_dict(sizes))
+    write_json(folder / "tiny_decoder" / "config.json", {"_class_name": "TinyDecoder", **sizes})
+    save_tensors(folder / "tiny_decoder", flat_parameters(decoder))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\nOf my dog.\n")
     (folder / "run").mkdir()
     (folder / "run" / "log.jsonl").write_text(
@@ -61,9 +68,11 @@ def test_what_is_pushed_draws_the_same_and_has_a_card(hub, model, tmp_path):
         path.write_bytes(data)
     ours, theirs = (Pipeline.load(folder, "tiny") for folder in (model, tmp_path / "back"))
     assert ours.generate("a cat") == theirs.generate("a cat")
+    assert "tiny_decoder/model.safetensors" in files
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: snapgen-mlx\n") and "base_model: org/base" in card
     assert card.count("license: mit") == 0 and "Of my dog." in card
+    assert "| `tiny_decoder` | TinyDecoder |" in card
     assert "2 steps. Options: batch 4, learning rate 0.001." in card
     assert "| tiny | 0.5000 | 0.8750 |" in card and "-m me/dog" in card
     assert push(model, "me/dog").exit_code == 0  # again
