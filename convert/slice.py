@@ -9,7 +9,7 @@ from ..config import DiTConfig
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError
 from ..files import atomic_folder, write_json
-from ..layout import COMPONENTS, FEW_STEP, TOKENIZERS, few_step_lora, load_config
+from ..layout import COMPONENTS, FEW_STEP, TINY_DECODER, TOKENIZERS, few_step_lora, load_config
 from ..loading import load_dit
 from ..models.elastic import bank_index, in_bank, slice_flat
 from ..tensors.readers import open_component
@@ -49,7 +49,7 @@ def slice_model(folder, dest, variant: str) -> dict:
     if isinstance(source.get("quantization"), dict):
         part.config["quantization"] = _renamed(source["quantization"], index)
     with atomic_folder(dest) as tmp:
-        for name in (*COMPONENTS, *TOKENIZERS.values()):
+        for name in (*COMPONENTS, TINY_DECODER, *TOKENIZERS.values()):
             if name != part.name and (folder / name).is_dir():
                 shutil.copytree(folder / name, tmp / name)
         if lora := few_step_lora(folder, variant):

@@ -16,7 +16,7 @@ from ..config import DiTConfig
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError, format_bytes
 from ..files import atomic_folder, folder_bytes, write_json
-from ..layout import COMPONENTS, TOKENIZERS, load_config
+from ..layout import COMPONENTS, TINY_DECODER, TOKENIZERS, load_config
 from ..loading import load_dit_config
 from ..lora import copy_few_step_loras
 from ..pipeline import Pipeline
@@ -290,6 +290,8 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> list[Component]:
     for name in (*names, *TOKENIZERS.values()):
         if (model / name).is_dir():
             shutil.copytree(model / name, tmp / name, ignore=weights)
+    if (model / TINY_DECODER).is_dir():
+        shutil.copytree(model / TINY_DECODER, tmp / TINY_DECODER)
     for file in model.iterdir():
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
