@@ -348,10 +348,7 @@ def test_every_width_is_the_slice_of_the_rounded_supernet(model, quantized, back
             )
             in recipe.layers
         ):
-            # `rounding` gives affine weights in float16, whose steps are 2^-14 below 0.125; a CPU
-            # expands them to float32.
-            atol = 2**-14 if backend == "affine" else 1e-7
-            assert mx.allclose(a, expected[key], atol=atol), key
+            assert mx.allclose(a, expected[key], atol=1e-7), key
         elif "kv_compress" in key and backend == "palette":
             assert mx.allclose(a, expected[key], atol=1e-2), key
         else:

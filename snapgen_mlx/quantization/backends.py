@@ -26,7 +26,9 @@ class Affine:
     def rounding(self, weight: mx.array, bits: int) -> mx.array:
         """What the weight changes by."""
         packed = mx.quantize(weight.astype(half(weight.dtype)), self.group, bits)
-        return mx.dequantize(*packed, self.group, bits) - weight
+        # With float32 scales, as in `affine.dequantize`.
+        words, scales, biases = packed[0], packed[1].astype(mx.float32), packed[2].astype(mx.float32)
+        return mx.dequantize(words, scales, biases, self.group, bits) - weight
 
     def row(self, key: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int) -> Row:
         return AffineRow(key, shape, key, half(dtype), bits=bits, group=self.group)
