@@ -27,8 +27,8 @@ class Affine:
         """What the weight changes by."""
         packed = mx.quantize(weight.astype(half(weight.dtype)), self.group, bits)
         # With float32 scales, as in `affine.dequantize`.
-        words, scales, biases = packed[0], packed[1].astype(mx.float32), packed[2].astype(mx.float32)
-        return mx.dequantize(words, scales, biases, self.group, bits) - weight
+        scales, biases = packed[1].astype(mx.float32), packed[2].astype(mx.float32)
+        return mx.dequantize(packed[0], scales, biases, self.group, bits) - weight
 
     def row(self, key: str, shape: tuple[int, ...], dtype: mx.Dtype, bits: int) -> Row:
         return AffineRow(key, shape, key, half(dtype), bits=bits, group=self.group)
