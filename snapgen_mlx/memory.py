@@ -161,8 +161,15 @@ class ModelMemory:
         return self.predict(variant, request, bits).peak <= usable_memory()
 
     def choose(self, request: Request, force: bool = False) -> str:
-        """The widest width that fits. Raises UsageError when none does; with ``force`` it is the
-        narrowest then."""
+        """The widest width that fits.
+
+        Args:
+            request: what to draw.
+            force: take the narrowest width if none fits.
+
+        Raises:
+            UsageError: none fits.
+        """
         for variant in reversed(self.config.variants):
             if self.fits(variant, request):
                 return variant
@@ -245,8 +252,18 @@ def _width(config: TransformerConfig, variant: str) -> TransformerConfig:
 def denoising_floats(
     config: TransformerConfig, size: tuple[int, int], batch: int, text_tokens: int, metal: bool
 ) -> int:
-    """Activations of one network evaluation on a latent (batch, *size): 19 vectors a token at the
-    peak of a block, the attention scores where they are not fused, the text's keys and values."""
+    """Numbers that one evaluation of the network holds at its peak.
+
+    These are 19 vectors for each token of a block, the attention scores if they are not fused, and
+    the keys and values of the text.
+
+    Args:
+        config: of the transformer.
+        size: (rows, columns) of the latent.
+        batch: latents at once.
+        text_tokens: of the text.
+        metal: whether attention is fused.
+    """
     d = config.hidden_size
     tokens = size[0] * size[1] // config.patch_size**2
     if isinstance(config, QwenImageConfig):

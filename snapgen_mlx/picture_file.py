@@ -66,9 +66,14 @@ def check_format(suffix: str, background: str | None) -> None:
 
 
 def picture_bytes(image: Image.Image, suffix: str, metadata: dict | None) -> bytes:
-    """A picture as a file of this suffix, with its settings inside (None: without).
+    """Encode a picture as a file.
 
-    JPEG is written at quality 95, on white where the picture is transparent; WebP without loss.
+    JPEG has quality 95 and puts transparent pictures on white. WebP is lossless.
+
+    Args:
+        image: the picture.
+        suffix: of the file name, which decides the format.
+        metadata: the settings to write into it; None for none.
     """
     kind = FORMATS[suffix.lower()]
     options: dict[str, Any] = {}
@@ -91,9 +96,15 @@ def picture_bytes(image: Image.Image, suffix: str, metadata: dict | None) -> byt
 
 
 def save_picture(image: Image.Image, path, metadata: dict | None) -> Path:
-    """Write ``picture_bytes`` by the suffix of ``path``, whole or not at all.
+    """Write ``picture_bytes`` to a file, completely or not at all.
 
-    Returns the path used: ``path``, or the first free ``path-2``, ``path-3``, ... beside it.
+    Args:
+        image: the picture.
+        path: its suffix decides the format.
+        metadata: the settings to write into it; None for none.
+
+    Returns:
+        The path used: ``path``, or the first free one of ``path-2``, ``path-3``, ...
     """
     path = Path(path)
     return write_new(path, picture_bytes(image, path.suffix, metadata))

@@ -23,12 +23,22 @@ class StepTimes:
         return sum(count * self.steps[name] for name, count in parts) + self.decoding
 
     def choose(self, seconds: float, steps: int) -> list[tuple[str, int]]:
-        """The widths, and how many steps each makes: as many as fit into ``seconds`` of the widest,
-        then of the next.
+        """Choose the width of each step within a time.
 
-        A narrower width comes first: what a picture shows is settled early, in coarse strokes, and
-        its details at last. All ``steps`` are made if the narrowest width can make them in time;
-        else it makes as many as it can. Raises UsageError when it can make none.
+        As many steps as possible go to the widest width, the others to the next ones. A narrower
+        width comes first, because the first steps decide what a picture shows and the last ones its
+        details.
+
+        Args:
+            seconds: for the whole picture.
+            steps: that the model wants. If the narrowest width cannot make them in time, it makes
+                fewer.
+
+        Returns:
+            Pairs (width, steps).
+
+        Raises:
+            UsageError: there is no time for a single step.
         """
         names = list(self.steps)
         fitting = [p for p in _splits(names, steps) if self.picture(p) <= seconds]
@@ -58,8 +68,12 @@ def _splits(names: list[str], steps: int) -> Iterator[list[tuple[str, int]]]:
 def measure(pipe: Pipeline, settings: Settings) -> StepTimes:
     """Time the widths of a model on a picture of these settings.
 
-    Only widths that fit into memory and draw as this variant of ``pipe`` does, in few steps or in
-    many, are timed; ``pipe`` is left at another variant.
+    Only widths that fit into memory are timed, and only those that use few-step LoRAs if this
+    variant of ``pipe`` does.
+
+    Args:
+        pipe: the model; it ends at another variant.
+        settings: of the picture.
     """
     is_few = bool(pipe.few_steps)
     steps: dict[str, float] = {}
@@ -80,9 +94,12 @@ def measure(pipe: Pipeline, settings: Settings) -> StepTimes:
 
 
 def variant_within(pipe: Pipeline, settings: Settings, seconds: float) -> tuple[str, str]:
-    """The variant that draws these settings within ``seconds``, and the measurement in words.
+    """The variant that draws a picture within a time, and the measurement in words.
 
-    ``settings.steps`` are the most that are made; ``pipe`` is left at that variant.
+    Args:
+        pipe: the model; it ends at that variant.
+        settings: of the picture; ``settings.steps`` is the largest number of steps.
+        seconds: for the picture.
     """
     times = measure(pipe, settings)
     parts = times.choose(seconds, settings.steps)

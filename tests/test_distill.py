@@ -31,8 +31,9 @@ from snapgen_mlx.training.distill import (
     feature_loss,
     timestep_aware,
 )
+from snapgen_mlx.training.dmd import TAU_RANGE, dmd_loss, sample_taus
 from snapgen_mlx.training.flow_matching import add_noise, sample_timesteps
-from snapgen_mlx.training.kdmd import SIGMAS, TAU_RANGE, dmd_loss, sample_taus
+from snapgen_mlx.training.kdmd import SIGMAS
 from snapgen_mlx.training.loop import Inputs, fixed_batches
 from snapgen_mlx.training.lora_training import SCALE, lora_params
 from snapgen_mlx.training.teacher import ModelTeacher, TaughtDataset

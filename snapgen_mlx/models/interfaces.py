@@ -25,9 +25,13 @@ class DecoderConfig(Protocol):
         """Whether its weights are loaded as float32 on every machine."""
 
     def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
-        """Bytes of activations of decoding a latent (h, w) in tiles, predicted.
+        """Predicted bytes of activations for decoding a latent.
 
-        size: bytes of a float, where the weights are not always float32.
+        Args:
+            h: rows of the latent.
+            w: columns of the latent.
+            tile: side of a tile in latent positions.
+            size: bytes of a number, if the weights are not always float32.
         """
 
 

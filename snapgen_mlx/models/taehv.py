@@ -38,9 +38,15 @@ class TAEHVConfig(ConfigMixin):
     latent_channels: int = 16
 
     def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
-        """A block of the last stage with its unfolded convolutions.
+        """Predicted bytes of activations: a block of the last stage with its unfolded convolutions.
 
-        A GPU does not unfold and is counted half (an estimate).
+        A GPU does not unfold them and counts half (an estimate).
+
+        Args:
+            h: rows of the latent.
+            w: columns of the latent.
+            tile: not used.
+            size: bytes of a number.
         """
         return size * 16 * h * w * FLOATS // (2 if on_gpu() else 1)
 
@@ -110,8 +116,13 @@ class TAEHVDecoder(nn.Module):
         return weight_bytes(self)
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, 8h, 8w, 3) in [-1, 1].
+        """Decode normalised latents.
 
-        It needs little memory, and ``tile`` is not used.
+        Args:
+            latents: (B, h, w, C).
+            tile: not used, because decoding needs little memory.
+
+        Returns:
+            Images (B, 8h, 8w, 3) in [-1, 1].
         """
         return 2 * mx.clip(self(latents.astype(self.decoder[1].bias.dtype)), 0, 1) - 1

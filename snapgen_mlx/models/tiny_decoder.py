@@ -154,8 +154,13 @@ class TinyDecoder(nn.Module):
         return weight_bytes(self)
 
     def decode(self, latents: mx.array, tile: int | None = None) -> mx.array:
-        """Normalised latents (B, h, w, C) -> images (B, H, W, 3) in [-1, 1].
+        """Decode normalised latents.
 
-        It needs little memory, and ``tile`` is not used.
+        Args:
+            latents: (B, h, w, C).
+            tile: not used, because decoding needs little memory.
+
+        Returns:
+            Images (B, H, W, 3) in [-1, 1].
         """
         return mx.clip(self(latents.astype(self.conv_in.weight.dtype)), -1, 1)

@@ -85,8 +85,16 @@ class VAEConfig(ConfigMixin):
         return int(size * (max(middle, up / 2 if on_metal() else up) + h * w * dims[0] + pixels))
 
     def encoding_bytes(self, h: int, w: int, size: int) -> int:
-        """57 numbers for each channel of the widest stage, which are mostly unfolded convolutions;
-        on Metal half of it (an estimate)."""
+        """Bytes of activations of the encoder.
+
+        These are 57 numbers for each channel of the widest stage, mostly of unfolded convolutions.
+        On Metal they count half (an estimate).
+
+        Args:
+            h: rows of the picture in pixels.
+            w: columns of the picture in pixels.
+            size: bytes of a number.
+        """
         scale = 2 ** (len(self.dim_mult) - 1)
         stages = [self.base_dim * m / 4**level for level, m in enumerate(self.dim_mult)]
         each = 28.5 if on_metal() else 57

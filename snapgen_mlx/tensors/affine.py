@@ -65,10 +65,14 @@ def answer_in_kind(module: nn.Module) -> None:
 
 
 def cast_floats(tensors: dict[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """``tensors`` in the type to compute with; packed weights are integers and stay.
+    """Cast tensors to the type to compute with.
 
-    Scales and biases of groups keep a type that is finer: rounded to bfloat16 they would add half
-    as much again to the error of 8 bits.
+    Packed weights are integers and stay. Scales and biases of groups keep a finer type: rounded to
+    bfloat16 they would add half as much again to the error of 8 bits.
+
+    Args:
+        tensors: {key: array}.
+        dtype: to compute with.
     """
     out = {}
     for key, a in tensors.items():

@@ -23,8 +23,15 @@ PROJECTOR = "projector"
 
 
 def alpha(t: mx.array, shift: float = 1.0) -> mx.array:
-    """The density of the timesteps that training draws (``flow_matching.sample_timesteps``) at t
-    (B,): 1 where it is largest, 0 at both ends."""
+    """Density of the training timesteps, divided by its largest value [after SnapGen].
+
+    Args:
+        t: timesteps (B,).
+        shift: of ``flow_matching.sample_timesteps``.
+
+    Returns:
+        (B,): 1 at the most frequent timestep, 0 at both ends.
+    """
     # In x = log(t / (1-t)) they are normal around log(shift); the density in t is largest where
     # x = log(shift) + tanh(x / 2), which repetition finds.
     centre = top = math.log(shift)

@@ -43,14 +43,26 @@ def distill_few_steps(
     fuse: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict]:
-    """Distil a width of ``model``, the widest when None, into four unguided steps.
+    """Distil one width of a model into four steps without guidance [paper 3.3].
 
-    Yields the records of ``loop.train``; those before and after are as ``finetune``'s. Captions
-    come from ``source``, pictures with captions or prompts alone; the pictures count with
-    ``noised_real`` only, which needs them. Writes
-    ``output/lora.safetensors`` and, with ``fuse``, the width as a model of its own to ``output``,
-    unless ``stop`` ended the run. The run's state lies in ``output/run``, with the pictures of
-    ``Watch`` in its grids. Raises SnapGenError for a run that fails.
+    Args:
+        model: folder of the student.
+        variant: its width; None for the widest.
+        teacher: a teacher of this student.
+        source: pictures with captions, or prompts alone. Pictures count only with ``noised_real``,
+            which needs them.
+        output: folder for ``lora.safetensors``. ``output/run`` holds the state and the pictures of
+            ``Watch``.
+        options: of the run.
+        kdmd: of the distillation.
+        fuse: also write the width as a model of its own to ``output``.
+        stop: asked after each step; True ends the run before anything is written.
+
+    Yields:
+        The records of ``finetune``.
+
+    Raises:
+        SnapGenError: the run fails.
     """
     model, output = Path(model), Path(output)
     world = mx.distributed.init()

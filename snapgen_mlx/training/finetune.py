@@ -50,18 +50,30 @@ def finetune(
     teacher: Teacher | None = None,
     from_lora=None,
 ) -> Iterator[dict]:
-    """Train all widths of ``model`` on ``examples``; yields the records of ``loop.train``.
+    """Train all widths of a model.
 
-    ``teacher``, such as ``teacher.load_teacher`` gives, is learned from too, with ``KDOptions``.
+    Args:
+        model: folder, Hub id, or None for the embedded model.
+        examples: pictures with captions.
+        output: folder for the averaged weights: a LoRA as ``lora.safetensors``, or all weights as a
+            model in floats with all other parts of ``model``. ``output/run`` holds the state, from
+            which a run resumes, and what ``Report`` draws. ``output/cache`` holds latents and text
+            states.
+        options: of the run.
+        elastic: of the training.
+        validation: held-out examples.
+        flip: mirror pictures at random.
+        prior: prompts for ``draw_prior``.
+        stop: asked after each step; True ends the run before anything is written.
+        teacher: to learn from too, with ``KDOptions``.
+        from_lora: file of a LoRA to go on from. Its rank is used if ``elastic`` names none.
 
-    Before them come records of pictures and captions encoded (``encode_data``), after them
-    ``weight_change`` and ``Report.picture_change``. ``flip``: pictures are mirrored in half of
-    their draws; ``prior``: prompts for ``draw_prior``; ``from_lora``: a file to go on from, whose
-    rank counts where ``elastic`` gives none. Writes the averaged weights to ``output``,
-    unless ``stop`` ended the run: a LoRA as ``lora.safetensors``, all weights as a model in floats
-    with everything else of ``model`` beside them. The run's state lies in ``output/run`` and is
-    resumed from there, with what ``Report`` draws; latents and text states in ``output/cache``.
-    Raises SnapGenError for bad folders, and when training changed nothing.
+    Yields:
+        The records of ``encode_data``, then those of ``loop.train``, then ``weight_change`` and
+        ``Report.picture_change``.
+
+    Raises:
+        SnapGenError: folders are bad, or the training changed nothing.
     """
     model, output = Path(model), Path(output)
     check_output(model, output)

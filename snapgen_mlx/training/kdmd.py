@@ -1,9 +1,8 @@
 """Four steps without guidance: K-DMD [paper 3.3, Eqs. 9-10, supplement H] (training section 4).
 
-One frozen base of one width carries two LoRAs. The student's draws in four steps. The critic's
-learns the velocity of what the student draws; where it and the guided teacher disagree is how the
-student should change (DMD). A 4-step teacher's velocities and tokens hold the student on course;
-without one the guided teacher's do, so that the student takes its guidance on [Meng et al. 2023].
+Two LoRAs share a frozen base of one width. The student's draws in four steps. The critic's learns
+the velocity of the student's pictures; its difference from the guided teacher changes the student
+(DMD). The student also follows a 4-step teacher, or else the guided one [Meng et al. 2023].
 """
 
 from dataclasses import dataclass, replace
@@ -17,15 +16,14 @@ from ..device import scalar, training_dtype
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
 from .distill import PROJECTOR, feature_loss, projector, projector_of, without_projectors
+from .dmd import SHIFT, dmd_loss, per_sample, sample_taus
 from .flow_matching import add_noise
 from .loop import Inputs
 from .lora_training import lora_params
 from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
 from .teacher import Teacher, velocity_and_tokens
 
-SHIFT = FEW_STEPS["shift"]
 SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
-TAU_RANGE = (0.02, 0.98)
 BINS = 4  # ranges of tau for which the critic's loss is reported
 
 
@@ -53,31 +51,8 @@ class KDMDOptions(AdamOptions):
         return self.turns * (2 if self.warmup // self.turns else 1)
 
 
-def sample_taus(key: mx.array, batch: int) -> mx.array:
-    """tau (B,): uniform, shifted as the sampler's sigmas are, within TAU_RANGE."""
-    u = mx.random.uniform(shape=(batch,), key=key)
-    return mx.clip(SHIFT * u / (1 + (SHIFT - 1) * u), *TAU_RANGE)
-
-
-def per_sample(error: mx.array) -> mx.array:
-    """Mean of (B, H, W, C) over all but the batch."""
-    return error.mean(axis=(1, 2, 3))
-
-
-def dmd_loss(x0: mx.array, c0: mx.array, r0: mx.array) -> tuple[mx.array, mx.array]:
-    """Distribution matching (Eq. 9) and w (B,): its gradient by x0 is w·(c0 - r0) / x0.size.
-
-    Args: x0, the student's prediction; c0, r0, what critic and teacher predict from its noised
-        copy; all (B, H, W, C).
-    """
-    w = 1 / (per_sample(mx.abs(mx.stop_gradient(x0) - r0)) + 1e-6)
-    target = mx.stop_gradient(x0 - w[:, None, None, None] * (c0 - r0))
-    return 0.5 * (x0 - target).square().mean(), w
-
-
 class LoRAWeights(Averaged):
-    """LoRA matrices with Adam, whose zero first moment needs its bias corrected, and a running
-    mean from the update ``start`` on."""
+    """LoRA matrices, Adam with bias correction, and a running mean from the update ``start`` on."""
 
     def __init__(self, params: dict[str, mx.array], options: AdamOptions, start: int = 0):
         self.start = start
@@ -92,8 +67,10 @@ class LoRAWeights(Averaged):
 class KDMDTrainer:
     """Trains the LoRAs of student and critic beside ``model``, one width with LoRA layers.
 
-    Args: teacher, see ``teacher.Teacher``; fingerprints, what a saved
-        state belongs to, by "base" and "teacher"; watch, called by ``validate``.
+    Args:
+        teacher: the guided teacher, and the 4-step one if it has a few-step LoRA.
+        fingerprints: what a saved state belongs to, by "base" and "teacher".
+        watch: called by ``validate``.
     """
 
     def __init__(
@@ -198,8 +175,15 @@ class KDMDTrainer:
     def step(self, x0, text, masks, noise: dict, k: int) -> dict[str, mx.array]:
         """One update of the critic and, every ``critic_steps``, of the student before it.
 
-        Args: x0 (B, H, W, C), used with ``noised_real`` alone; encoder states; ``noise`` and k of
-            ``draw``. Returns scalars by name.
+        Args:
+            x0: (B, H, W, C), used only with ``noised_real``.
+            text: {encoder: states (B, L, dim)}.
+            masks: {encoder: (B, L) bool}.
+            noise: of ``draw``.
+            k: of ``draw``.
+
+        Returns:
+            Scalars by name.
         """
         turn = (scalar(self.steps) + 1) % self.turns == 0
         parts = self.options.accumulate

@@ -111,10 +111,19 @@ def save_lora(path, params: dict[str, mx.array], about: dict[str, Any] | None = 
 
 
 def read_lora(path, model: Path, rank: int | None) -> tuple[int, dict[str, mx.array]]:
-    """(rank, matrices as ``lora_params``) of a LoRA file of all widths, to go on from.
+    """Read a LoRA file of all widths, to go on from.
 
-    Raises SnapGenError for a LoRA of another model or of one width alone, and UsageError for one
-    that changes what is not trained, or of another ``rank``.
+    Args:
+        path: of the file.
+        model: folder of the model that it belongs to.
+        rank: that it must have; None for any.
+
+    Returns:
+        Its rank, and the matrices as in ``lora_params``.
+
+    Raises:
+        SnapGenError: it belongs to another model or to only one width.
+        UsageError: it changes layers that are not trained, or has another rank.
     """
     config = load_dit_config(model)
     updates = load_lora(path, config, None, base=model)

@@ -34,9 +34,18 @@ def nothing_changed(what: str, record: dict) -> SnapGenError:
 def write_model(
     model: Path, output: Path, config: DiTConfig, weights: dict, sampling: dict | None = None
 ) -> None:
-    """A copy of the folder ``model`` with this transformer and ``sampling`` for its own; LoRAs for
-    few steps, which belong to the weights before, are left out. config.json, which makes it a model
-    folder, comes last."""
+    """Write a copy of a model folder with another transformer.
+
+    Few-step LoRAs are left out, because they belong to the old weights. config.json, which makes it
+    a model folder, is written last.
+
+    Args:
+        model: folder to copy.
+        output: folder to write.
+        config: of the transformer.
+        weights: of the transformer.
+        sampling: replaces the model's own; None keeps it.
+    """
     try:
         for part in model.iterdir():
             if part.is_dir() and part.name not in NOT_COPIED:

@@ -37,18 +37,26 @@ class Example:
 
 
 def scan_folder(folder, caption: str | None = None) -> tuple[list[Example], list[str]]:
-    """Examples of a folder of pictures, and a line for each picture that cannot be used.
+    """Read a folder of pictures with captions. Every picture is decoded once.
 
-    An ImageFolder: ``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` (or ``image``) and
-    ``text`` (or ``caption``, ``prompt``), and in the former optionally ``captions``, a list of
-    phrasings; ``concept`` names what is shown, else the first caption does; ``repeats``, how often
-    the picture is drawn beside others. Without either file,
-    each picture directly in the folder has its caption in a ``.txt`` or ``.caption`` of its name,
-    and so has each in a folder ``10_NAME`` below: it is drawn ten times as often, and NAME is its
-    caption where it has no other. ``picture_list.left_out`` says which are passed over. ``caption``
-    is given to those that have none. What systems leave beside pictures (.DS_Store, ._NAME.jpg) is
-    passed over. Every picture is decoded once.
-    Raises SnapGenError for a folder without pictures.
+    ``metadata.jsonl`` or ``metadata.csv`` lists the pictures: ``file_name`` (or ``image``) and
+    ``text`` (or ``caption``, ``prompt``). In the former, ``captions`` may list several phrasings.
+    ``concept`` names what a picture shows; otherwise its first caption does. ``repeats`` says how
+    often it is drawn beside others. Without a list, each picture directly in the folder has its
+    caption in a ``.txt`` or ``.caption`` file of its name. So has each picture in a subfolder
+    ``10_NAME``: it is drawn ten times as often, and NAME is its caption if it has no other.
+
+    Args:
+        folder: of the pictures.
+        caption: for pictures that have none.
+
+    Returns:
+        The examples, and a line for each picture that cannot be used. ``picture_list.left_out``
+        says which pictures are left out. Files that systems put beside pictures (.DS_Store,
+        ._NAME.jpg) are ignored.
+
+    Raises:
+        SnapGenError: the folder holds no pictures.
     """
     folder = Path(folder)
     examples, bad = [], []

@@ -173,8 +173,12 @@ class ModelTeacher:
 
 
 def with_lora(model: Transformer, updates: dict[str, Update]) -> Transformer:
-    """A model that shares all weights with ``model``, which stays as it is, and has the updates
-    beside its layers."""
+    """A model with LoRA updates beside its layers. It shares all weights with ``model``.
+
+    Args:
+        model: stays as it is.
+        updates: {layer: update}.
+    """
     model = copy.deepcopy(model)  # arrays are not copied
     add_lora(model, updates, fuse=False)
     return model
@@ -188,10 +192,19 @@ def pad_text(a: mx.array, length: int) -> mx.array:
 def velocity_and_tokens(
     model: Any, x_t, t, text, masks, guidance: float = 1.0, null: tuple[dict, dict] | None = None
 ) -> tuple[mx.array, mx.array]:
-    """A transformer's velocity (B, H, W, C) and its final layer's tokens (B, h, w, d), float32.
+    """Velocity and final tokens of a transformer, float32.
 
-    The velocity is guided away from ``null``, states and masks (1, L, dim), or from no text; the
-    tokens are those given the text.
+    Args:
+        model: the transformer.
+        x_t: (B, H, W, C).
+        t: (B,).
+        text: {encoder: states (B, L, dim)}.
+        masks: {encoder: (B, L) bool}.
+        guidance: 1 for none.
+        null: states and masks (1, L, dim) that guidance leads away from; None for no text.
+
+    Returns:
+        The guided velocity (B, H, W, C), and the tokens (B, h, w, d) given the text.
     """
     B = len(x_t)
     condition = model.condition_text(text, masks, B)

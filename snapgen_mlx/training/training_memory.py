@@ -122,8 +122,14 @@ class TrainingMemory:
         return kept + (self.frozen if options.lora else 0) + self.beside
 
     def ahead(self, options: AdamOptions, batch: int) -> int:
-        """Steps that an offloaded teacher is asked about at once, where no answer depends on the
-        student."""
+        """Steps for which an offloaded teacher computes its outputs at once.
+
+        This needs outputs that do not depend on the student.
+
+        Args:
+            options: of the training.
+            batch: pictures in a step.
+        """
         if not (self.teacher and options.offload) or self.guided:
             return 1
         most = min(ANSWERS, self.teacher.weights)  # which have made place for them
@@ -199,9 +205,18 @@ class TrainingMemory:
         return sum(a.size for a in params.values())  # never evaluated
 
     def check(self, options: AdamOptions, batch: int, force: bool = False) -> str | None:
-        """Raise UsageError that says what would fit, unless the run does.
+        """Check that the training fits into memory.
 
-        With ``force`` return instead what is needed and what may happen, in words.
+        Args:
+            options: of the training.
+            batch: pictures in a step.
+            force: do not raise.
+
+        Returns:
+            None if it fits. With ``force``, otherwise, what it needs and what may happen, in words.
+
+        Raises:
+            UsageError: it does not fit; says what would.
         """
         need, usable = self.peak(options, batch), usable_memory()
         if need <= usable:

@@ -16,7 +16,8 @@ from ..errors import SnapGenError
 from ..files import atomic_write
 from ..models.interfaces import Autoencoder
 from ..sampling import schedule
-from .kdmd import SHIFT, KDMDTrainer
+from .dmd import SHIFT
+from .kdmd import KDMDTrainer
 
 SEEDS = 4  # pictures of each caption that a run is watched by
 REFERENCE_STEPS = 16  # steps of the guided teacher, which draws the pictures to compare with

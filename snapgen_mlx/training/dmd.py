@@ -1,0 +1,35 @@
+"""Distribution matching (DMD) [paper Eq. 9]."""
+
+import mlx.core as mx
+
+from ..sampling import FEW_STEPS
+
+SHIFT = FEW_STEPS["shift"]
+TAU_RANGE = (0.02, 0.98)
+
+
+def sample_taus(key: mx.array, batch: int) -> mx.array:
+    """tau (B,): uniform, shifted like the sampler's sigmas, within TAU_RANGE."""
+    u = mx.random.uniform(shape=(batch,), key=key)
+    return mx.clip(SHIFT * u / (1 + (SHIFT - 1) * u), *TAU_RANGE)
+
+
+def per_sample(error: mx.array) -> mx.array:
+    """Mean of (B, H, W, C) over all axes but the batch."""
+    return error.mean(axis=(1, 2, 3))
+
+
+def dmd_loss(x0: mx.array, c0: mx.array, r0: mx.array) -> tuple[mx.array, mx.array]:
+    """A loss whose gradient by x0 is w·(c0 - r0) / x0.size [paper Eq. 9].
+
+    Args:
+        x0: the student's prediction (B, H, W, C).
+        c0: what the critic predicts from x0 with noise (B, H, W, C).
+        r0: what the teacher predicts from the same (B, H, W, C).
+
+    Returns:
+        The loss, and w (B,).
+    """
+    w = 1 / (per_sample(mx.abs(mx.stop_gradient(x0) - r0)) + 1e-6)
+    target = mx.stop_gradient(x0 - w[:, None, None, None] * (c0 - r0))
+    return 0.5 * (x0 - target).square().mean(), w
