@@ -194,6 +194,10 @@ class Pipeline(Parts):
         s, config = settings, self.dit_config
         if not isinstance(s, Settings):
             raise UsageError(f"steps are of what pipe.settings gives, not of {shown(s)}")
+        if edit is None and s.strength is not None:
+            raise UsageError(
+                "strength has a meaning only for a picture to start from; see pipe.edit"
+            )
         s.check_size(self.memory.pixel_multiple)
         h, w = self.latent_size(s)
         if not config.takes(h, w):

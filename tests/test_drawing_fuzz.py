@@ -142,6 +142,12 @@ def test_a_shift_that_makes_no_schedule(shift):
         Settings("a cat", shift=shift)
 
 
+def test_strength_without_a_picture_to_start_from(tmp_path):
+    pipe = Pipeline.load(write_tiny_model(tmp_path), "tiny")
+    with pytest.raises(UsageError, match="strength"):
+        pipe.generate("a cat", strength=0.5, steps=4)
+
+
 def test_numpy_numbers_are_numbers():
     s = Settings("a cat", seed=np.int64(3), guidance=np.float32(2))
     assert json.loads(json.dumps(s.__dict__)) == s.__dict__ and type(s.seed) is int
