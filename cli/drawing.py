@@ -120,7 +120,7 @@ class Drawing:
     def __post_init__(self):
         paths = [] if self.place.stdout else [self.place.path(job) for job in self.jobs]
         if self.preview:
-            paths.append(self._preview_path(self.jobs[0], 0))
+            paths += [self._preview_path(job, 0) for job in self.jobs]
         if self.grid:
             self.grid = output_pattern(self.grid)
             paths.append(Path(self.grid))
