@@ -7,7 +7,8 @@ MODEL is a float model (runs/embedded/model by default), DATA the folder that
 itself. Bits are the average over the weights of the transformer's Linear layers; bits on disk
 count its file with scales, biases, palettes and all that stays in 16 bits. PSNR is of the latents
 against MODEL's from the same noise, in dB: of the full width after the first and the last step,
-and of every width after the last. Alignment, as in ``benchmarks.alignment``: share of COUNT
+and of every width after the last, on prompts that neither chose bits nor tuned. Alignment, as in
+``benchmarks.alignment``: share of COUNT
 held-out phrasings whose picture is nearest to the right concept, and among the nearest five. All
 is of the models as ``generate`` uses them: in four steps where MODEL has few-step LoRAs.
 

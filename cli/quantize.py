@@ -24,7 +24,11 @@ def size_option(ctx, param, value: str | None) -> int | None:
 @click.command()
 @click.argument("model")
 @click.argument("dest", type=click.Path())
-@click.option("--bits", type=float, help="Average of the transformer's weights [default: 4.3].")
+@click.option(
+    "--bits",
+    type=float,
+    help="Average of the codes of the transformer's Linear layers, without scales [default: 4.3].",
+)
 @click.option(
     "--size", callback=size_option, metavar="900MB", help="Largest size of the whole model."
 )
@@ -52,7 +56,10 @@ def size_option(ctx, param, value: str | None) -> int | None:
     help="affine: packed weights of MLX; palette: smaller files, but no less memory.",
 )
 @click.option(
-    "--prompts", type=click.Path(dir_okay=False), help="Prompts to measure with, one in each line."
+    "--prompts",
+    type=click.Path(dir_okay=False),
+    help="File of prompts, one in each line, best hundreds: a third chooses the bits, another "
+    "scores, the others tune.",
 )
 @click.option(
     "--sensitivity",
@@ -83,10 +90,11 @@ def quantize(
     from snapgen_mlx.errors import format_bytes
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.prompts import read_prompts
-    from snapgen_mlx.quantization.calibration import PROMPTS
+    from snapgen_mlx.quantization.prompt_sets import BUILT_IN, split_prompts
     from snapgen_mlx.quantization.quantize import quantize as run
 
     folder = resolve_model(model)
+    sets = split_prompts(read_prompts(prompts)) if prompts else BUILT_IN
     bar = Bar("layer")
 
     def follow(record):
@@ -106,7 +114,7 @@ def quantize(
                 target=psnr,
                 recipe=recipe,
                 method=method,
-                prompts=read_prompts(prompts) if prompts else PROMPTS,
+                prompts=sets,
                 sensitivity=sensitivity,
                 plot=plot,
                 progress=bar.update,
@@ -119,14 +127,23 @@ def quantize(
         finally:
             bar.close()
     layers = ", ".join(f"{n} in {b}" for b, n in report["layers"].items())
-    click.echo(f"recipe: {report['bits']:.2f} bits of average ({layers} bits)")
+    every = report["parts"]["transformer"]["bits_per_weight"]
+    click.echo(
+        f"recipe: codes of {report['bits']:.2f} bits on average in the Linear layers ({layers} "
+        f"bits); {every:.2f} bits over all weights of the transformer, as they are on disk"
+    )
     for name, part in report["parts"].items():
         size = format_bytes(part["bytes"])
         click.echo(f"{name}: {size}, {part['bits_per_weight']:g} bits per weight on disk")
+    click.echo(
+        f"against the float model, on {len(sets.score)} prompts that neither chose nor tuned:"
+    )
     for variant, p in report["psnr"].items():
+        s, peak = report["snr"][variant], report["peak"][variant]
         click.echo(
-            f"{variant}: latents {p['first step']:.1f} dB from the float model's after the first "
-            f"step, {p['last step']:.1f} dB after the last"
+            f"{variant}: PSNR of latents {p['first step']:.1f} dB after the first step, "
+            f"{p['last step']:.1f} dB after the last (peak {peak:.3g}); SNR {s['first step']:.1f} "
+            f"and {s['last step']:.1f} dB"
         )
     pictures = report["pictures"]
     same = "unchanged" if math.isinf(pictures) else f"{pictures:.1f} dB"

@@ -16,7 +16,7 @@ from snapgen_mlx.quantization.quantize import quantize
 from snapgen_mlx.quantization.recipe import average_bits, uniform
 from snapgen_mlx.tensors.safetensors_io import read_header
 
-from .test_quantize import CONFIG, PROMPTS, SHAPES, write_model
+from .test_quantize import CONFIG, PROMPTS, SETS, SHAPES, write_model
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_row_is_measured_once(model, data, tmp_path, monkeypatch, capsys):
 
     def make(*args, **options):
         made.append(options["recipe"])
-        return quantize(*args, **options, prompts=PROMPTS)
+        return quantize(*args, **options, prompts=SETS)
 
     monkeypatch.setattr(quantization, "quantize", make)
     args = ["x", str(data), str(tmp_path / "out"), "-m", str(model), "--count", "2", "--tune", "2"]
@@ -101,7 +101,7 @@ def test_the_table_has_equal_sizes_side_by_side(backend):
 @pytest.mark.parametrize("backend", ["affine", "palette"])
 def test_planned_sizes_are_written_ones(model, tmp_path, backend):
     recipe = uniform(CONFIG, SHAPES, 4)
-    report = quantize(model, tmp_path / "x", backend=backend, recipe=recipe, prompts=PROMPTS)
+    report = quantize(model, tmp_path / "x", backend=backend, recipe=recipe, prompts=SETS)
     for part in sizes.plan(model, CONFIG, backend, 4, others=["vae"]):
         header = read_header(tmp_path / "x" / part.name / "model.safetensors")
         assert sum(info.nbytes for info in header.values()) == part.nbytes

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.convert.slice import slice_model
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.files import folder_bytes, write_json
 from snapgen_mlx.layout import FEW_STEP, load_config
 from snapgen_mlx.loading import load_dit, load_supernet
@@ -24,9 +25,11 @@ from snapgen_mlx.lora_file import read_tensors as read_lora
 from snapgen_mlx.memory import Request
 from snapgen_mlx.models.elastic import axis_groups, leading_slice, random_supernet, slice_flat
 from snapgen_mlx.pipeline import Pipeline
+from snapgen_mlx.quantization import quantize as quantize_module
 from snapgen_mlx.quantization import sensitivity
 from snapgen_mlx.quantization.backends import backend_of
-from snapgen_mlx.quantization.calibration import Calibration, load_widths
+from snapgen_mlx.quantization.calibration import Calibration, load_widths, peak, psnr, snr
+from snapgen_mlx.quantization.prompt_sets import BUILT_IN, PromptSets, split_prompts
 from snapgen_mlx.quantization.quantize import load_rounded
 from snapgen_mlx.quantization.recipe import (
     METHODS,
@@ -36,6 +39,7 @@ from snapgen_mlx.quantization.recipe import (
     least_bits,
     protected,
     quantizable,
+    uniform,
 )
 from snapgen_mlx.quantization.sensitivity import layer_inputs, measure
 from snapgen_mlx.tensors import palette
@@ -48,6 +52,7 @@ from .tiny import write_tiny_model
 VARIANTS = ["tiny", "small", "full"]
 BACKENDS = ["affine", "palette"]
 PROMPTS = ["a smiling cat", "a red dog"]
+SETS = PromptSets(PROMPTS, ["a happy kitty", "a cat"], ["a red kitty", "a dog"])
 # Heads of 32 channels, so that there are convolutions for palettes.
 CONFIG = dataclasses.replace(
     DiTConfig.from_preset("embedded"),
@@ -94,7 +99,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(["", *PROMPTS, " "]))
+    path.write_text("\n".join(["", *(p for three in zip(*SETS, strict=True) for p in three), " "]))
     return path
 
 
@@ -208,7 +213,7 @@ def test_a_measurement_of_something_else_is_refused(model, measured, tmp_path, p
     other = write_model(tmp_path / "other", seed=1)
     assert "another transformer" in one_line(run("quantize", other, tmp_path / "x", *options), 1)
     few = tmp_path / "few.txt"
-    few.write_text("a dog")
+    few.write_text("a dog\na cat\na kitty")
     args = (model, tmp_path / "x", *options[:2], "--prompts", few)
     assert "another prompts" in one_line(run("quantize", *args), 1)
     (tmp_path / "s.json").write_text("{}")
@@ -316,7 +321,7 @@ def test_the_folder_holds_what_the_recipe_says(model, quantized, backend):
         packed = header[f"{layer}.weight"]
         assert (packed.dtype, packed.shape) == ("U32", (rows, n * bits // 32))
         count += 8 * packed.nbytes
-    assert f"{count / sum(map(prod, SHAPES.values())):.2f} bits of average" in output
+    assert f"{count / sum(map(prod, SHAPES.values())):.2f} bits on average in the Linear" in output
     floats = {key for key, info in header.items() if info.dtype != "U32"}
     assert {header[key].dtype for key in floats} == {"F16"}
     size = (folder / "transformer" / "model.safetensors").stat().st_size
@@ -582,3 +587,63 @@ def test_a_model_without_its_text_encoder(model, prompts, tmp_path):
     assert not any("latents" in e for of_layer in found.values() for e in of_layer.values())
     result = run("quantize", model, tmp_path / "y", *options, "--recipe", "r.json")
     assert result.exit_code == 2 and "with --recipe nothing is measured" in result.output
+
+
+# --- what is measured on what
+
+
+def test_prompts_are_split_into_sets_that_share_none():
+    many = [f"p{i}" for i in range(200)]
+    for sets in (BUILT_IN, split_prompts(many * 2), split_prompts([*"abc"])):
+        flat = [p for part in sets for p in part]
+        assert all(sets) and len(set(flat)) == len(flat)
+    assert tuple(map(len, BUILT_IN)) == (16, 264, 32)
+    assert tuple(map(len, split_prompts(many))) == (16, 152, 32)
+    assert split_prompts([*"abcdef"]) == (["a", "d"], ["b", "e"], ["c", "f"])
+    with pytest.raises(UsageError, match="2 different prompts are too few"):
+        split_prompts(["a", "b", "a"])
+
+
+def test_each_set_has_one_use(model, tmp_path, monkeypatch):
+    used = []
+
+    def calibrated(model, prompts, seed=0):
+        used.append((prompts, seed))
+        return original(model, prompts, seed)
+
+    def tuned(model, folder, prompts, run, options):
+        used.append((prompts, "tune"))
+        return iter(())
+
+    original = Calibration.from_model
+    monkeypatch.setattr(Calibration, "from_model", calibrated)
+    monkeypatch.setattr(quantize_module, "measure", lambda *_: {})
+    monkeypatch.setattr(quantize_module, "tune", tuned)
+    monkeypatch.setattr(
+        quantize_module, "design", lambda config, shapes, *_: uniform(config, shapes, 4)
+    )
+    quantize_module.quantize(model, tmp_path / "x", prompts=SETS, tuning=1)
+    chosen, tuned_on, scored, *_ = used
+    assert chosen == (SETS.choose, 0) and tuned_on == (SETS.tune, "tune")
+    assert scored[0] == SETS.score and scored[1] == quantize_module.CHECKED
+
+
+def test_ratios_in_decibel():
+    reference = mx.array([3.0, -4.0, 0.0, 0.0])
+    latents = reference + mx.array([0.1, -0.1, 0.1, -0.1])
+    assert peak(reference) == 4
+    assert psnr(latents, reference) == pytest.approx(20 * np.log10(4 / 0.1), abs=1e-3)
+    assert snr(latents, reference) == pytest.approx(20 * np.log10(2.5 / 0.1), abs=1e-3)
+    assert psnr(reference, reference) == snr(reference, reference) == np.inf
+
+
+def test_the_command_says_what_its_figures_are_of(quantized):
+    output = quantized["affine"][1]
+    line = next(line for line in output.splitlines() if line.startswith("recipe: codes of"))
+    codes, every = map(float, re.findall(r"([\d.]+) bits (?:on average|over all)", line))
+    assert codes <= 4.3 < every < 6.5
+    assert "on 2 prompts that neither chose nor tuned" in output
+    peaks = re.findall(r"\(peak ([\d.]+)\); SNR [\d.]+ and ([\d.]+) dB", output)
+    assert len(peaks) == 3
+    for (_, snr_db), psnr_db in zip(peaks, final_psnrs(output), strict=True):
+        assert float(snr_db) < psnr_db

@@ -24,7 +24,7 @@ from snapgen_mlx.tensors.weights import load_infos, load_tensors
 from snapgen_mlx.training import training_memory as training_memory
 from snapgen_mlx.training.lora_training import attach_lora, lora_params
 
-from .test_quantize import CONFIG, PROMPTS, SHAPES, VARIANTS, final_psnrs, run, write_model
+from .test_quantize import CONFIG, PROMPTS, SETS, SHAPES, VARIANTS, final_psnrs, run, write_model
 
 STEPS = 30
 
@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
+    path.write_text("\n".join(p for three in zip(*SETS, strict=True) for p in three))
     return path
 
 
@@ -91,7 +91,7 @@ def test_an_interrupted_tuning_goes_on(model, recipe, tmp_path, monkeypatch):
     form = backend_of("affine", CONFIG)
 
     def quantized(name):
-        quantize(model, tmp_path / name, recipe=recipe, backend=form.name, prompts=PROMPTS)
+        quantize(model, tmp_path / name, recipe=recipe, backend=form.name, prompts=SETS)
         return tmp_path / name
 
     options = TuningOptions(steps=20)

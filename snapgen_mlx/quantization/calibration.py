@@ -10,12 +10,8 @@ from ..device import scalar
 from ..loading import load_dit_config
 from ..pipeline import Pipeline
 from ..sampling import Step, denoise, schedule
+from .prompt_sets import CHOOSE
 
-PROMPTS = [
-    *("a smiling cat", "a red apple", "a rocket", "a slice of pizza", "a green book", "a sad face"),
-    *("a dog", "an owl", "a yellow star", "a snowman", "a cup of coffee", "a birthday cake"),
-    *("a car", "a house", "a guitar", "a sunflower"),
-]
 TOKENS = 4096  # tokens that are denoised at once: those of one picture of 1024²
 
 
@@ -29,7 +25,7 @@ class Calibration:
     masks: dict
 
     @classmethod
-    def from_model(cls, model, prompts: list[str] = PROMPTS, seed: int = 0) -> "Calibration":
+    def from_model(cls, model, prompts: list[str] = CHOOSE, seed: int = 0) -> "Calibration":
         """For a model folder, in the size that its config names."""
         pipe = load_widths(model)[-1]
         s = pipe.settings("any")
@@ -78,7 +74,24 @@ def load_widths(model, dtype: mx.Dtype | None = None) -> list[Pipeline]:
     ]
 
 
+def peak(reference: mx.array) -> float:
+    """The largest magnitude in ``reference``."""
+    return scalar(mx.abs(reference).max())
+
+
 def psnr(latents: mx.array, reference: mx.array) -> float:
-    """Peak signal-to-noise ratio in dB; the peak is the largest magnitude in ``reference``."""
+    """Peak signal-to-noise ratio in dB: of the ``peak`` to the root of the mean squared error.
+
+    It grows with the most extreme value of a set. Compare it within one set only.
+    """
+    return _decibel(peak(reference), latents, reference)
+
+
+def snr(latents: mx.array, reference: mx.array) -> float:
+    """Signal-to-noise ratio in dB: of the root of the mean square to that of the error."""
+    return _decibel(scalar(reference.square().mean().sqrt()), latents, reference)
+
+
+def _decibel(signal: float, latents: mx.array, reference: mx.array) -> float:
     error = scalar((latents - reference).square().mean().sqrt())
-    return 20 * math.log10(scalar(mx.abs(reference).max()) / error) if error else math.inf
+    return 20 * math.log10(signal / error) if error else math.inf

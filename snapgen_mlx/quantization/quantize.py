@@ -30,8 +30,9 @@ from ..tensors.stream import (
 )
 from ..tensors.weights import load_infos, load_tensors
 from .backends import Affine, Backend, Palette, backend_of, half
-from .calibration import PROMPTS, Calibration, load_widths, psnr
+from .calibration import Calibration, load_widths, peak, psnr, snr
 from .plot import draw, import_matplotlib
+from .prompt_sets import BUILT_IN, PromptSets
 from .recipe import (
     Recipe,
     average_bits,
@@ -64,7 +65,7 @@ def quantize(
     target: float | None = None,
     recipe: Recipe | str | Path | None = None,
     method: str = "density",
-    prompts: list[str] = PROMPTS,
+    prompts: PromptSets = BUILT_IN,
     sensitivity=None,
     plot=None,
     progress: Callable[[int, int], None] | None = None,
@@ -73,13 +74,14 @@ def quantize(
 ) -> dict:
     """Write the float model folder ``model`` in few bits to the new folder ``dest``.
 
-    Args: backend, "affine" or "palette"; then one of bits, the average over the weights of the
-        transformer's Linear layers (4.3 when nothing is given), size, bytes of the whole folder at
-        most, target, PSNR of the final latents in dB, about, or recipe, one or its file; method of
-        a recipe to be made, "density" or "mse"; prompts to measure with; sensitivity, the file
-        that keeps the measurement (DEST.sensitivity.json when not given), progress(done, in all)
-        of it, and plot, a PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose
-        state is kept in DEST.tuning until they are done and whose records ``follow`` is given.
+    Args: backend, "affine" or "palette"; then one of bits, the average of the codes of the
+        transformer's Linear layers, without scales (4.3 when nothing is given), size, bytes of
+        the whole folder at most, target, PSNR of the final latents in dB, about, or recipe, one or
+        its file; method of a recipe to be made, "density" or "mse"; prompts to choose bits by, to
+        tune on and to score on; sensitivity, the file that keeps the measurement
+        (DEST.sensitivity.json when not given), progress(done, in all) of it, and plot, a
+        PNG to draw it in; tuning, steps of ``tuning.tune`` afterwards, whose state
+        is kept in DEST.tuning until they are done and whose records ``follow`` is given.
     The transformer follows the recipe, which is kept as recipe.json. Gemma gets 4 bits in groups
     of 64; with palettes convolutions, autoencoder, CLIP and few-step LoRAs get 8 bits. What is left
     becomes 16 bits. Returns a report (JSON-ready) of what was read back. Raises
@@ -106,7 +108,7 @@ def quantize(
         if recipe is None:
             if size is not None:
                 budget = _affordable(size - folder_bytes(tmp), model, config, shapes, form)
-            calibration = Calibration.from_model(model, prompts)
+            calibration = Calibration.from_model(model, prompts.choose)
             path = sensitivity or dest.with_name(f"{dest.name}.sensitivity.json")
             effect = method == "density"
             found = measure(model, form, calibration, path, progress, effect)
@@ -128,7 +130,7 @@ def quantize(
         if tuning:
             run = dest.with_name(f"{dest.name}.tuning")
             options = TuningOptions.from_bits(average_bits(recipe.layers, shapes), tuning)
-            for record in tune(model, tmp, prompts, run, options):
+            for record in tune(model, tmp, prompts.tune, run, options):
                 follow(record)
         written = verify(tmp, [*others, part])
         report: dict[str, Any] = {
@@ -141,7 +143,7 @@ def quantize(
         }
         if size is not None and report["bytes"] > size:
             raise SnapGenError(f"{dest} came out at {format_bytes(report['bytes'])}, above --size")
-        report |= _compare(model, tmp, Calibration.from_model(model, prompts, seed=CHECKED))
+        report |= _compare(model, tmp, Calibration.from_model(model, prompts.score, seed=CHECKED))
     if tuning:
         remove_run(run)
     return report
@@ -325,13 +327,16 @@ def _stored(folder: Path, written: dict) -> dict:
 
 
 def _compare(model: Path, quantized: Path, calibration: Calibration) -> dict:
-    """PSNR, in dB, of each width's latents from the same noise and text; of pictures of the same
-    latents; of the text states."""
-    result: dict[str, Any] = {"psnr": {}}
+    """PSNR with its peak, and SNR, in dB, of each width's latents from the same noise and text;
+    PSNR of pictures of the same latents; of the text states."""
+    result: dict[str, Any] = {"psnr": {}, "snr": {}, "peak": {}}
     for float_pipe, pipe in zip(load_widths(model), load_widths(quantized), strict=True):
         theirs = calibration.latents(float_pipe)
-        first, last = map(psnr, calibration.latents(pipe), theirs)
-        result["psnr"][pipe.variant] = {"first step": first, "last step": last}
+        ours = calibration.latents(pipe)
+        for name, ratio in (("psnr", psnr), ("snr", snr)):
+            first, last = map(ratio, ours, theirs)
+            result[name][pipe.variant] = {"first step": first, "last step": last}
+        result["peak"][pipe.variant] = peak(theirs[1])
         float_pipe.free("dit")
         pipe.free("dit")
     pictures = [

@@ -32,6 +32,7 @@ from ..training.training_memory import TrainingMemory
 from .calibration import load_widths
 
 SAVE_MINUTES = 1.0
+FEW = 64  # prompts
 
 
 @dataclass
@@ -105,10 +106,10 @@ def tune(
 ) -> Iterator[dict]:
     """Tune the quantized model ``folder``, in its place, to the float ``model`` it was made from.
 
-    Learned from are pictures that the float model draws of ``prompts``, noised as far as the
-    steps of its sampler are; with a few-step LoRA in the folder both have it. Yields the records
-    of ``loop.train``, whose state lies in ``run``. Codes, scales and palettes stay as they are;
-    types and sizes of what is tuned too. Raises SnapGenError for damaged files.
+    Learned from are pictures that the float model draws of ``prompts``, best many, noised as far
+    as the steps of its sampler are; with a few-step LoRA in the folder both have it. Yields the
+    records of ``loop.train``, whose state lies in ``run``. Codes, scales and palettes stay as they
+    are; types and sizes of what is tuned too. Raises SnapGenError for damaged files.
     """
     model, folder, run = Path(model), Path(folder), Path(run)
     config, params = load_supernet(folder)
@@ -135,7 +136,7 @@ def tune(
 def draw_pictures(
     model: Path, pipe: Pipeline, prompts: list[str], cache: Path
 ) -> Generator[dict, None, LatentDataset]:
-    """The data set of two pictures of each prompt by the widest variant of a model.
+    """The data set of a picture of each prompt, or two of few, by the widest variant of a model.
 
     Args:
         model: folder of the model that draws.
@@ -146,11 +147,12 @@ def draw_pictures(
     Yields:
         The records of ``encoding.draw_prior`` and ``data.cached_states``.
     """
-    latents = yield from draw_prior(model, prompts * 2, cache)
+    drawn = prompts * (2 if len(prompts) < FEW else 1)
+    latents = yield from draw_prior(model, drawn, cache)
     text = fingerprint(*(model / name for name in TEXT_FOLDERS))
     encoders = yield from cached_states(pipe.encoders, text, prompts, cache)
     pipe.free("encoders")
-    return LatentDataset(latents, [[p] for p in prompts * 2], encoders)
+    return LatentDataset(latents, [[p] for p in drawn], encoders)
 
 
 def options_that_fit(
