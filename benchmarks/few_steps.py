@@ -32,7 +32,7 @@ from snapgen_mlx.training.data import encode_images
 from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.training.report import picture_grid
 
-from .alignment import read_rows
+from .recall import read_rows
 
 COMPONENTS = 64
 PAIR_SEEDS = 3

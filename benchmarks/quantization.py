@@ -7,10 +7,10 @@ MODEL is a float model (runs/embedded/model by default), DATA the folder that
 itself. Bits are the average over the weights of the transformer's Linear layers; bits on disk
 count its file with scales, biases, palettes and all that stays in 16 bits. PSNR is of the latents
 against MODEL's from the same noise, in dB: of the full width after the first and the last step,
-and of every width after the last, on prompts that neither chose bits nor tuned. Alignment, as in
-``benchmarks.alignment``: share of COUNT
-held-out phrasings whose picture is nearest to the right concept, and among the nearest five. All
-is of the models as ``generate`` uses them: in four steps where MODEL has few-step LoRAs.
+and of every width after the last, on prompts that neither chose bits nor tuned. Recall of known
+drawings, as in ``benchmarks.recall``: share of COUNT held-out phrasings whose picture is nearest to
+the right concept, and among the nearest five. All is of the models as ``generate`` uses them: in
+four steps where MODEL has few-step LoRAs.
 
 Recipes called "at the size of" another row have as many bytes; rows "tuned" are the row before
 them after TUNE steps. What is in OUT already is not made again.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.alignment import read_rows
+from benchmarks.recall import read_rows
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.evaluation import ranks, shares
 from snapgen_mlx.files import folder_bytes, write_json
@@ -47,7 +47,7 @@ from snapgen_mlx.training.pictures import read_folder
 PAPER = 4.3  # bits
 
 
-class Alignment:
+class Recall:
     """The gallery of real pictures and the prompts whose pictures are looked up in it."""
 
     def __init__(self, model: Path, data: Path, count: int):
@@ -92,7 +92,7 @@ HEADER = """\
 
 
 def line(title: str, row: dict) -> str:
-    part, psnr, aligned = row["parts"]["transformer"], row["psnr"], row["alignment"]
+    part, psnr, aligned = row["parts"]["transformer"], row["psnr"], row["recall"]
     widest = list(aligned)[-1]
     last = " / ".join(f"{p['last step']:.1f}" for p in psnr.values())
     cells = [
@@ -133,19 +133,19 @@ def main():
     args = parser.parse_args()
 
     config = DiTConfig.from_dict(load_config(args.model / "transformer"))
-    align = Alignment(args.model, args.data, args.count)
+    recall = Recall(args.model, args.data, args.count)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
 
     def row(title: str, make, folder: Path) -> None:
         if title not in results:
-            results[title] = make() | {"alignment": align(folder)}
+            results[title] = make() | {"recall": recall(folder)}
             write_json(path, results)
         print(line(title, results[title]), flush=True)
 
     s = load_widths(args.model)[-1].settings("any")
     print(
-        f"{args.model.name}, {s.steps} steps, guidance {s.guidance:g}; alignment of {args.count} "
+        f"{args.model.name}, {s.steps} steps, guidance {s.guidance:g}; recall of {args.count} "
         f"pictures; {platform.system()} {platform.machine()}\n\n{HEADER}"
     )
     row("float", partial(float_row, args.model), args.model)

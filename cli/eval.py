@@ -1,15 +1,30 @@
-"""``snapgen-mlx eval``: validation loss and alignment of a model's widths."""
+"""``snapgen-mlx eval``: what a model's widths draw right, or how well they know pictures."""
 
-import json
+from pathlib import Path
 
 import click
 
-from .arguments import data_options, encoded, model_argument, read_pictures
+from .arguments import data_options, encoded, read_pictures
+from .judging import headline as tasks
+from .judging import row as by_task
+from .progress import Bar
+
+
+def model_and_data(ctx, param, values: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """Callback of [MODEL] [DATA]; one alone is DATA when it is a folder that holds no model."""
+    if len(values) > 2:
+        raise click.UsageError(f"Got unexpected extra argument ({values[-1]})", ctx)
+    if len(values) == 1:
+        folder = Path(values[0])
+        models = ("config.json", "model_index.json")
+        is_data = folder.is_dir() and not any((folder / name).is_file() for name in models)
+        return (None, values[0]) if is_data else (values[0], None)
+    model, data = (*values, None, None)[:2]
+    return model, data
 
 
 @click.command("eval")
-@model_argument
-@click.argument("data", type=click.Path(file_okay=False))
+@click.argument("paths", nargs=-1, callback=model_and_data, metavar="[MODEL] [DATA]")
 @data_options
 @click.option(
     "--variants", metavar="A,B", help="Widths to measure, such as tiny,full  [default: all]."
@@ -19,26 +34,76 @@ from .arguments import data_options, encoded, model_argument, read_pictures
 @click.option(
     "--count",
     type=click.IntRange(0),
-    default=100,
-    show_default=True,
-    help="Pictures drawn at each width, at most; 0 measures only the loss.",
+    help="Pictures drawn at each width, at most  [default: all of the judge's prompts from four "
+    "seeds, or 100 of DATA]; with DATA 0 measures only the loss.",
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False), help="Write the figures here.")
-def eval(model, data, caption, skip_bad, variants, steps, guidance, count, path):
-    """Measure how well MODEL knows the pictures in DATA, at each of its widths.
+def eval(paths, caption, skip_bad, variants, steps, guidance, count, path):
+    """Measure what MODEL draws right, or how well it knows the pictures in DATA, at each width.
 
     MODEL is a folder, a Hub id, or nothing for the embedded model; DATA is as for finetune.
 
-    Loss: how far predicted velocities are off, on noise that is always the same. Nearest: the
-    share of drawn pictures whose nearest one in DATA shows the concept they were asked for, first
-    and among the first five. Concepts are named in metadata.jsonl; else pictures with the same
-    caption are one.
-    """
-    from snapgen_mlx.evaluation import evaluate
-    from snapgen_mlx.files import atomic_write
+    Without DATA the model draws prompts of GenEval's six tasks, and a detector that never saw its
+    pictures judges them: the shares of right ones, apart for combinations that no training of the
+    sticker model shows (docs/judge.md).
 
+    With DATA: Loss: how far predicted velocities are off, on noise that is always the same. Recall
+    of known drawings: the share of drawn pictures whose nearest one in DATA shows the concept they
+    were asked for, first and among the first five. Concepts are named in metadata.jsonl; else
+    pictures with the same caption are one. Models of transparent pictures have the loss alone.
+    """
+    from snapgen_mlx.files import write_json
+
+    model, data = paths
     names = [name.strip() for name in variants.split(",")] if variants else None
-    examples = read_pictures(data, caption, skip_bad)
+    if data is None:
+        if caption or skip_bad:
+            raise click.UsageError("--caption and --skip-bad belong to DATA, which is not given")
+        if count == 0:
+            raise click.UsageError("--count 0 leaves nothing to judge")
+        result = judged(model, names, steps, guidance, count)
+    else:
+        count = 100 if count is None else count
+        examples = read_pictures(data, caption, skip_bad)
+        result = known(model, examples, names, steps, guidance, count)
+    if path:
+        write_json(path, result)
+
+
+def judged(model, names, steps, guidance, count) -> dict:
+    """Print the judge's table, a line at a time; returns all figures."""
+    from snapgen_mlx.scoring import score_model
+
+    bar = Bar("picture")
+    result: dict = {}
+    for record in score_model(model, names, steps, guidance, count):
+        if "real" in record:
+            result = record | {"variants": {}}
+            click.echo("{prompts} prompts, {pictures} pictures at each width".format(**record))
+            click.echo(tasks())
+            for title, shares in record["real"].items():
+                click.echo(by_task(title, shares))
+        elif "drawn" in record:
+            bar.label = record["variant"]
+            bar.update(record["drawn"], result["pictures"])
+        else:
+            name = record.pop("variant")
+            result["variants"][name] = record
+            click.echo(by_task(name, record["all"]))
+            for part in ("seen", "held_out"):
+                click.echo(by_task(f"  {part.replace('_', '-')}", record[part]))
+            for what, title in (("frechet", "Frechet distance"), ("diversity", "diversity")):
+                if what in record:
+                    both = "{drawn:.4g}, of real scenes {real:.4g}".format(**record[what])
+                    click.echo(f"  {title} {both}")
+    return result
+
+
+def known(model, examples, names, steps, guidance, count) -> dict:
+    """Print loss and recall, a line at a time; returns all figures."""
+    from snapgen_mlx.evaluation import evaluate
+
+    result: dict = {}
     for record in evaluate(model, examples, names, steps, guidance, count):
         if "encoded" in record:
             click.echo(encoded(record), err=True)
@@ -49,9 +114,7 @@ def eval(model, data, caption, skip_bad, variants, steps, guidance, count, path)
             name = record.pop("variant")
             result["variants"][name] = record
             click.echo(row(name, record))
-    if path:
-        with atomic_write(path) as tmp:
-            tmp.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
 def headline(record: dict, count: int) -> str:
@@ -59,10 +122,13 @@ def headline(record: dict, count: int) -> str:
     lines = ["pictures {pictures}, concepts {concepts}".format(**record)]
     if record["drawn"]:
         drawn = "at each width {drawn} drawn"
-        titles = f"{'':<12}{'loss':>8}{'nearest':>12}{'in 5':>12}{'steps':>8}{'guidance':>10}"
+        titles = f"{'':<12}{'loss':>8}{'recall':>12}{'in 5':>12}{'steps':>8}{'guidance':>10}"
         lines += [drawn.format(**record), titles, row("chance", record["chance"])]
     elif count:
-        lines.append("all pictures show one concept, so alignment is not measured")
+        why = "all pictures show one concept"
+        if record["concepts"] > 1:
+            why = "the model's pictures are transparent; without DATA they are judged"
+        lines.append(f"recall is not measured: {why}")
     return "\n".join(lines)
 
 

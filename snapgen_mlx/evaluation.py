@@ -1,8 +1,9 @@
-"""How good a model's widths are on a folder of pictures: validation loss and alignment.
+"""How well a model's widths know a folder of pictures: validation loss and recall.
 
-The loss is the paper's metric, the mean flow loss. Alignment asks whether a picture shows what it
-was asked for: its nearest real picture, by squared distance of autoencoder latents, should be of
-the prompted concept.
+The loss is the paper's metric, the mean flow loss. Recall of known drawings asks whether a model
+draws what it has seen, in the same place: the nearest real picture of what it draws, by squared
+distance of autoencoder latents, should be of the prompted concept. Of pictures that compose it
+says nothing; ``scoring.py`` judges these.
 """
 
 import tempfile
@@ -45,7 +46,7 @@ def evaluate(
         guidance: None for the model's own.
         count: most pictures drawn for each width. They are drawn from the examples' first captions,
             always the same ones from the same noise, and compared with all examples. None are drawn
-            when all examples show one concept.
+            when all examples show one concept, or the model draws transparent pictures.
 
     Yields:
         The records of ``encode_data``. Then ``pictures``, ``concepts``, ``drawn`` and, if pictures
@@ -63,7 +64,7 @@ def evaluate(
         pipe.dit_config.variant_index(name)
     concepts = [e.concept for e in examples]
     n = len(set(concepts))
-    count = min(count, len(examples)) if n > 1 else 0
+    count = min(count, len(examples)) if n > 1 and pipe.memory.vae.image_channels == 3 else 0
     chosen = np.random.default_rng(0).permutation(len(examples))[:count]
 
     def jobs() -> list[Settings]:

@@ -1,11 +1,15 @@
-"""Does the picture show what was asked? Nearest real picture in autoencoder latents.
+"""Recall of known drawings: does a model draw what it has seen, in the same place?
 
-    python -m benchmarks.alignment DATA [-m MODEL] [--lora FILE] [--count 200] [--json FILE]
+    python -m benchmarks.recall DATA [-m MODEL] [--lora FILE] [--count 200] [--json FILE]
 
 DATA is the folder that ``recipes.embedded.data`` writes. As ``snapgen-mlx eval``, but pictures
 are drawn from held-out phrasings, and from held-out (concept, style) pairs, and compared with all
-real pictures of DATA. Printed for each variant: share with the prompted concept first, and among
-the first five; chance; and the ceiling, real held-out pictures sent through the autoencoder.
+real pictures of DATA, by autoencoder latents. Printed for each variant: share with the prompted
+concept first, and among the first five; of phrasings also by their kind ("template": other words
+around a known caption; "words": other words for the thing), of pairs also with concept and style
+right together. Then chance; the ceiling, real held-out pictures sent through the autoencoder; and
+the same moved by six pixels: they show the same and fail, so this is no measure of composing.
+``benchmarks/judge`` has one.
 """
 
 import argparse
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from snapgen_mlx.evaluation import chance, draw_latents, ranks, shares
 from snapgen_mlx.pipeline import Pipeline
@@ -60,6 +65,14 @@ def main():
     again = [pipe.vae.encode(pipe.vae.decode(z[i : i + BATCH])) for i in range(0, len(z), BATCH)]
     again = np.array(mx.concatenate(again)).reshape(len(z), -1)
     result["ceiling"] = shares(ranks(again, concepts[-len(z) :], real, concepts))
+    held = [e.file for e in examples[-len(pairs) :]]
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in held])
+    x = mx.array(np.roll(pixels, 6, axis=2)).astype(mx.float32) / 127.5 - 1
+    moved = [pipe.vae.encode(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
+    moved = np.array(mx.concatenate(moved)).reshape(len(x), -1)
+    result["moved"] = shares(ranks(moved, concepts[-len(z) :], real, concepts))
+    train = read_rows(args.data / "train" / "metadata.jsonl")
+    drawings = [f"{row['concept']} {row['style']}" for row in (*train, *pairs)]
 
     for variant in args.variants:
         loras = [(args.lora, 1.0)] if args.lora else []
@@ -74,7 +87,15 @@ def main():
             result |= {"steps": jobs[0].steps, "guidance": jobs[0].guidance}
             pipe.prepare(jobs)
             latents = draw_latents(pipe, jobs)
-            found = shares(ranks(latents, [row["concept"] for row in rows], real, concepts))
+            wanted = [row["concept"] for row in rows]
+            found = shares(ranks(latents, wanted, real, concepts))
+            for kind in sorted({row["kind"] for row in rows if "kind" in row}):
+                of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
+                theirs = [wanted[i] for i in of_kind]
+                found[kind] = shares(ranks(latents[of_kind], theirs, real, concepts))
+            if name == "pairs":
+                both = [f"{row['concept']} {row['style']}" for row in rows]
+                found["with_style"] = shares(ranks(latents, both, real, drawings))
             seconds = round(time.perf_counter() - started, 1)
             result[variant][name] = found | {"pictures": len(jobs), "seconds": seconds}
     print(json.dumps(result, indent=2))
