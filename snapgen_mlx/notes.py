@@ -8,12 +8,14 @@ from .settings import Settings
 SHOWN = 40  # characters of a text that a note shows
 
 
-def notes(s: Settings, encoders: Sequence[TextEncoder], size: int, few_step: bool) -> list[str]:
+def notes(
+    s: Settings, encoders: Sequence[TextEncoder], size: int | None, few_step: bool
+) -> list[str]:
     """Notes on the settings of a picture.
 
     Args:
         encoders: of the model.
-        size: pixels a side that the model was trained for.
+        size: pixels a side that the model was trained for; None for one that draws many sizes.
         few_step: whether it draws in few steps.
     """
     found = []
@@ -38,7 +40,7 @@ def notes(s: Settings, encoders: Sequence[TextEncoder], size: int, few_step: boo
             f"guidance {s.guidance:g}: the model learned to draw in few steps without guidance; "
             "--base draws with it"
         )
-    if (s.width, s.height) != (size, size):
+    if size is not None and (s.width, s.height) != (size, size):
         found.append(
             f"{s.width}x{s.height}: the model was trained for {size}x{size}; other sizes look worse"
         )

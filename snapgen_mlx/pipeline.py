@@ -9,6 +9,7 @@ from PIL import Image
 
 from . import __version__
 from .background import check_background, to_picture
+from .config import DiTConfig
 from .device import DTYPES, set_limits
 from .editing import Edit
 from .errors import SnapGenError, UsageError, shown
@@ -312,7 +313,8 @@ class Pipeline(Parts):
     def notes(self, settings: Settings) -> list[str]:
         """What may surprise about a picture of these settings, one line each: words that the model
         does not know, a text that is cut, guidance or a size that it was not made for."""
-        size = picture_size(self.config)
+        # Qwen-Image was trained for many sizes.
+        size = picture_size(self.config) if isinstance(self.dit_config, DiTConfig) else None
         found = notes(settings, self.encoders, size, bool(self.few_steps))
         excess = self.memory.excess(self.variant, self.request(settings)) if self.force else None
         return [*found, f"--force: {excess}; {MAY_HAPPEN}"] if excess else found

@@ -17,6 +17,7 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_qwen_image
 from snapgen_mlx.lora import LoRALinear
+from snapgen_mlx.notes import kept_text
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.tokenizer_files import load_qwen_tokenizer
@@ -296,3 +297,15 @@ def test_sizes_that_do_not_fit_are_refused(model):
     with pytest.raises(UsageError, match="multiples of 16"):
         pipe.settings(PROMPT, width=72, height=64)
     assert pipeline_module.Pipeline.load(model).variant == "full"
+
+
+def test_a_text_that_is_cut_is_named_and_a_size_is_not(model):
+    pipe = Pipeline.load(model)
+    assert pipe.notes(pipe.settings(PROMPT, width=64, height=128)) == []
+    long = "cat " * 800 + "hat"
+    (line,) = pipe.notes(pipe.settings(long, width=64, height=64))
+    (encoder,) = pipe.encoders
+    count = encoder.token_count(long)
+    assert f"qwen reads 512 of {count} tokens" in line and count > 512
+    kept = kept_text(encoder, long)
+    assert encoder.token_count(kept) <= 512 < encoder.token_count(kept + " cat cat cat")

@@ -21,6 +21,7 @@ from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.models import clip_text, gemma_text
 from snapgen_mlx.models.clip_text import CLIPText
 from snapgen_mlx.models.language_model import import_mlx_lm
+from snapgen_mlx.notes import kept_text
 from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.text_loading import load_clip_text, load_gemma_text
 from snapgen_mlx.tokenizer_files import BOS, EOS, load_clip_tokenizer, load_gemma_tokenizer
@@ -103,7 +104,11 @@ def test_clip_states_and_mask(clip_words, clip_tokenizers, tmp_path, act, legacy
     config = clip_config(clip_words[0], hidden_act=act, **({"eos_token_id": 2} if legacy else {}))
     theirs = randomise(CLIPTextModel(config))
     folder = write_model(tmp_path / "clip", config.to_dict(), to_mlx(theirs.state_dict()))
-    states, mask = load_clip_text(folder, new if files == "new" else old).encode(TEXTS)
+    encoder = load_clip_text(folder, new if files == "new" else old)
+    states, mask = encoder.encode(TEXTS)
+    kept = [kept_text(encoder, text) for text in TEXTS]
+    assert kept[:3] == [None] * 3 and TEXTS[3].startswith(kept[3])
+    assert encoder.token_count(kept[3]) <= 77 < encoder.token_count(kept[3] + " cat cat")
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         expected = theirs(**batch)
@@ -237,7 +242,11 @@ def test_gemma_encodes_text_as_the_original(gemma, gemma_folder, gemma_tokenizer
 
 
 def test_gemma_cuts_long_texts(gemma_folder, gemma_tokenizers):
-    _, mask = load_gemma_text(gemma_folder, gemma_tokenizers[1]).encode(["z" * 1000, "a"])
+    encoder = load_gemma_text(gemma_folder, gemma_tokenizers[1])
+    kept = kept_text(encoder, "z" * 1000)
+    assert kept and set(kept) == {"z"} and encoder.token_count(kept) == 256
+    assert kept_text(encoder, kept) is None
+    _, mask = encoder.encode(["z" * 1000, "a"])
     assert mask.shape == (2, 256)
     assert mask.sum(axis=1).tolist()[0] == 256
 
