@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..errors import SnapGenError, name_keys
 from ..tensors.readers import Info
+from ..tensors.scaled import SCALES
 from ..tensors.stream import Step
 from .rules.interface import Drop, Rules
 
@@ -215,9 +216,18 @@ def _choose(copies: list[Copy], shapes, ema: bool, where: Path, unknown: list[st
             )
         if whole:
             return whole[0]
+        if group is groups[0] and group and not ema and _is_whole(groups[1], shapes):
+            raise SnapGenError(
+                f"{where} holds the EMA weights whole, but only a part of the raw ones; convert "
+                "with --ema, or download or save it again"
+            )
     # None is whole: the largest part, by which an error can say what is missing.
     best = groups[0] or weights
     return max(best, key=lambda copy: len(copy.targets), default=Copy(""))
+
+
+def _is_whole(copies: list[Copy], shapes: dict[str, tuple[int, ...]]) -> bool:
+    return any(copy.targets == set(shapes) for copy in copies)
 
 
 def _reason(copy: Copy, chosen: Copy) -> str:
@@ -233,6 +243,8 @@ def _reason(copy: Copy, chosen: Copy) -> str:
 def _baggage(key: str, info: Info, prefix: str) -> str | None:
     """Why a key that no rule knows is left out; None for one that may be a weight."""
     parts = _clean(key)
+    if parts[-1] in SCALES:  # of no weight here: then some weight lacks it
+        return None
     if any(part in TRAINING for part in parts[:-1]):
         return "training state, not a weight"
     if info.shape in ((), (1,)) and parts[-1] in COUNTERS:

@@ -160,6 +160,11 @@ def test_averaged_weights_alone_are_taken_and_said(source, state, expected, tmp_
         (lambda s: {"net": s | {"new.weight": torch.ones(2, 2)}}, {}, "no rule for 'net.new"),
         (lambda s: {"net": {k: v for k, v in s.items() if k != ONE}}, {}, f"lacks '{ONE}'"),
         (lambda s: {"net": s | {ONE: torch.empty(0)}}, {}, "ZeRO-3"),
+        (
+            lambda s: {"net": {k: v for k, v in s.items() if k != ONE}, "ema": half(s)},
+            {},
+            "only a part of the raw ones; convert with --ema",
+        ),
     ],
 )
 def test_what_cannot_be_told_is_refused(source, state, tmp_path, content, options, words):
@@ -233,6 +238,13 @@ def test_scales_of_float8_are_multiplied_in(source, state, expected, tmp_path, k
             {ONE.replace("weight", n): torch.ones(1) for n in ("weight_scale", "scale_weight")}
         ),
         lambda t: t.update({"mid.0.attn.to_k.weight_scale": torch.ones(1)}),  # of a float32 weight
+        lambda t: t.update({f"x.{ONE}_scale": torch.ones(1)}),  # under another prefix
+        lambda t: t.update(
+            {
+                f"{ONE}_scale": torch.ones(1),
+                "mid.0.attn.to_k.weight": t["mid.0.attn.to_k.weight"].to(torch.float8_e5m2),
+            }
+        ),
     ],
 )
 def test_scales_that_fit_nothing_are_refused(source, state, tmp_path, change):

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..errors import SnapGenError
+from ..errors import SnapGenError, name_keys
 from .readers import Info, Reader
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -31,6 +31,16 @@ class ScaledFloat8:
                 self._add(f"{layer}.weight" if layer else "weight", weight, key, info)
             elif (name in OF_COMPUTING and is_float8) or name == MARKER:
                 self.dropped[key] = "of computing in 8 bits"
+        alone = [
+            key
+            for key, info in reader.infos.items()
+            if info.dtype in FLOAT8 and len(info.shape) > 1 and key not in self._scales
+        ]
+        if self._scales and alone:
+            raise SnapGenError(
+                f"{self.files[0]}: {name_keys(alone)} in 8 bits without a scale, though others "
+                "have one; download or save it again"
+            )
         self.infos = {k: info for k, info in reader.infos.items() if k not in self.dropped}
 
     def _add(self, weight: str, info: Info, scale: str, how: Info) -> None:
