@@ -153,3 +153,132 @@ def test_pngs_with_large_text_and_profiles_are_read(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "icc.png", icc_profile=bytes(2_000_000))
     examples, bad = scan_folder(tmp_path, "x")
     assert len(examples) == 2 and not bad
+
+
+# --- profiles made here: no library ships them
+
+
+def profile(space: bytes, tags: dict[bytes, bytes], kind: bytes = b"mntr") -> bytes:
+    """An ICC profile of version 2 with the white of D50."""
+    white = struct.pack(">4s4x3i", b"XYZ ", *(round(x * 65536) for x in (0.9642, 1.0, 0.8249)))
+    name = b"desc" + bytes(4) + struct.pack(">I", 2) + b"x\0" + bytes(78)
+    tags = {b"wtpt": white, b"desc": name} | tags
+    body, table, at = b"", struct.pack(">I", len(tags)), 132 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += struct.pack(">4sII", name, at + len(body), len(data))
+        body += data
+    connection = b"Lab " if space == b"CMYK" else b"XYZ "
+    head = struct.pack(
+        ">I4sI4s4s4s12x4s4x4s4s4s8xI3i4s44x",
+        *(at + len(body), b"lcms", 0x02400000, kind, space, connection, b"acsp"),
+        *(b"none", b"none", b"none", 0, 63190, 65536, 54061, b"none"),
+    )
+    head = head[:36] + b"acsp" + head[40:]
+    return head[:128] + table + body
+
+
+def adobe_rgb() -> bytes:
+    """Adobe RGB (1998): its primaries as seen under D50, gamma 2.2."""
+    primaries = {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+    }
+    xyz = {
+        k: struct.pack(">4s4x3i", b"XYZ ", *(round(x * 65536) for x in v))
+        for k, v in primaries.items()
+    }
+    gamma = struct.pack(">4s4xIH", b"curv", 1, 563)  # 2.2 in 8.8 bits
+    return profile(b"RGB ", xyz | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma))
+
+
+def adobe_numbers(rgb) -> tuple[int, ...]:
+    """The same colour in Adobe RGB, by the definitions alone."""
+    to_xyz = [[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]]
+    theirs = [[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]]
+    c = np.array(rgb) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    there = np.clip(np.linalg.solve(np.array(theirs), np.array(to_xyz) @ linear), 0, 1)
+    return tuple((255 * there ** (1 / (563 / 256))).round().astype(int).tolist())
+
+
+@pytest.mark.parametrize("colour", [(200, 60, 40), (40, 180, 90), (30, 40, 200), (128, 128, 128)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_adobe_rgb_is_converted(tmp_path, colour, kind):
+    numbers, path = adobe_numbers(colour), tmp_path / f"a.{kind.lower()}"
+    assert colour[0] == colour[1] or max(abs(np.subtract(numbers, colour))) > 5
+    how = {"quality": 100, "lossless": True} if kind in ("JPEG", "WEBP") else {}
+    Image.new("RGB", (8, 8), numbers).save(path, kind, icc_profile=adobe_rgb(), **how)
+    np.testing.assert_allclose(trained_on(path), colour, atol=3)
+
+
+PAPER_AND_INKS = {  # Lab of no ink, and of each ink alone, at all it can
+    (0, 0, 0, 0): (95, 0, 0),
+    (1, 0, 0, 0): (60, -20, -25),
+    (0, 1, 0, 0): (55, 40, -5),
+    (0, 0, 1, 0): (85, -5, 45),
+    (0, 0, 0, 1): (30, 0, 0),
+}
+
+
+def cmyk() -> bytes:
+    """A press: Lab colours at the corners of the ink cube, straight lines between them.
+
+    Its table has 8 bits, and so has what is read by it: some levels are lost."""
+    corners = []
+    for inks in np.ndindex(2, 2, 2, 2):
+        lab = np.array(PAPER_AND_INKS[0, 0, 0, 0], float)
+        for i in range(4):
+            if inks[i]:
+                alone = PAPER_AND_INKS[tuple(int(j == i) for j in range(4))]
+                lab += np.subtract(alone, PAPER_AND_INKS[0, 0, 0, 0])
+        lab = np.clip(lab, (0, -100, -100), (100, 100, 100))
+        corners += [round(lab[0] * 2.55), round(lab[1] + 128), round(lab[2] + 128)]
+    identity = struct.pack(">9i", *(65536 * int(i % 4 == 0) for i in range(9)))
+    line = bytes(range(256))
+    lut = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + identity + line * 4 + bytes(corners)
+    return profile(b"CMYK", {b"A2B0": lut + line * 3}, b"prtr")
+
+
+def srgb_of_lab(lab) -> np.ndarray:
+    """By the definitions alone, seen under D50."""
+    fy = (lab[0] + 16) / 116
+    f = np.array([fy + lab[1] / 500, fy, fy - lab[2] / 200])
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.9642, 1.0, 0.8249)
+    to_xyz = [[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]]
+    linear = np.clip(np.linalg.solve(np.array(to_xyz), xyz), 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("inks", PAPER_AND_INKS)
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_inks_are_what_the_profile_says(tmp_path, inks, kind):
+    path = tmp_path / f"a.{kind.lower()}"
+    how = {"quality": 100} if kind == "JPEG" else {}
+    picture = Image.new("CMYK", (8, 8), tuple(255 * i for i in inks))
+    picture.save(path, kind, icc_profile=cmyk(), **how)
+    expected = srgb_of_lab(PAPER_AND_INKS[inks])
+    if inks == (0, 0, 0, 0):  # relative to the paper, or as it is: both are right
+        assert (trained_on(path) >= expected - 4).all()
+    else:
+        np.testing.assert_allclose(trained_on(path), expected, atol=12)
+    picture.save(path, kind, **how)  # without it, inks are taken as plain complements
+    plain = trained_on(path)
+    if sum(inks) and inks[3] == 0:
+        assert np.abs(plain - expected).max() > 30
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n", "git lfs pull"),
+        (b"<html><body>Not found</body></html>", "a web page"),
+        (b"", "empty"),
+    ],
+)
+def test_what_stands_in_a_pictures_place_is_named(tmp_path, data, words):
+    pictures(tmp_path, "1.png")
+    (tmp_path / "2.png").write_bytes(data)
+    with pytest.raises(SnapGenError, match=rf"2\.png \(.*{words}"):
+        read_folder(tmp_path, "x")

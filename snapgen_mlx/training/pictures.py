@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import SnapGenError
+from ..files import name_impostor
 from .picture_list import METADATA, find_file, rows
 
 pillow_heif: ModuleType | None = None
@@ -146,6 +147,8 @@ def _check(path: Path) -> tuple[str, float]:
     except UnidentifiedImageError:
         if pillow_heif is None and data[4:].startswith(HEIC):
             raise ValueError("HEIC, read after: pip install 'snapgen-mlx[heic]'") from None
+        if what := name_impostor(data[:64]):
+            raise ValueError(what) from None
         raise
     with image:
         if image.format != "HEIF":  # which would give its thumbnail
