@@ -26,9 +26,13 @@ from .arguments import (
 )
 from .training_run import explanation, follow
 
+# Options that not every method has.
+OF_TEACHER = ("teacher", "offload", "lora", "checkpoint", "explain")
 OF_KD = ("validation", "subnets", "teacher_cache")
 OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
-DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
+OTHERS = {"kd": OF_KDMD, "kdmd": OF_KD}
+OTHERS["decoder"] = (*OF_TEACHER, *OF_KD[1:], *OF_KDMD)
+DEFAULTS = {"kd": 1e-4, "kdmd": 5e-5, "decoder": 5e-4}  # learning rates
 
 
 @click.command()
@@ -38,8 +42,8 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 @click.option(
     "--method",
     required=True,
-    type=click.Choice(["kd", "kdmd"]),
-    help="kd: many steps, all widths; kdmd: four steps, one width.",
+    type=click.Choice(["kd", "kdmd", "decoder"]),
+    help="kd: many steps, all widths; kdmd: four steps, one width; decoder: a tiny decoder.",
 )
 @click.option(
     "--teacher", help="Model folder or Hub id. Its full width is the teacher  [default: MODEL]."
@@ -56,11 +60,11 @@ DEFAULTS = {"kd": {"learning_rate": 1e-4}, "kdmd": {"learning_rate": 5e-5}}
 )
 @data_options
 @training_options
-@learning_rate_option(help="[default: 1e-4 for kd, 5e-5 for kdmd]")
+@learning_rate_option(help="[default: 1e-4 for kd, 5e-5 for kdmd, 5e-4 for decoder]")
 @rank_option("Train LoRAs of this rank  [default: 64 for kdmd; kd trains all weights].")
 @warmup_option(0, 20)
 @sample_every_option(1)
-@validation_option("kd: held-out pictures.")
+@validation_option("kd, decoder: held-out pictures.")
 @subnets_option("kd: narrower widths trained in a step beside the full one.")
 @click.option("--variant", help="kdmd: the width to distil  [default: the widest].")
 @click.option(
@@ -125,18 +129,22 @@ def distill(
 
     kd trains all widths of MODEL and writes a model to OUTPUT. kdmd trains a LoRA,
     OUTPUT/lora.safetensors, with which one width of MODEL draws in four steps without guidance.
-    Copy it to MODEL/few_step/VARIANT.safetensors, and generate uses it. OUTPUT/run holds state, log
-    and pictures of the run. Ctrl-C stops it, and the same command goes on where it stopped.
+    Copy it to MODEL/few_step/VARIANT.safetensors, and generate uses it. decoder trains a small
+    decoder to follow MODEL's autoencoder on the pictures in DATA. Copy OUTPUT/tiny_decoder into
+    MODEL, and generate --tiny-decoder uses it.
+
+    OUTPUT/run holds state, log and pictures of the run. Ctrl-C stops it, and the same command goes
+    on where it stopped.
     """
     if not explain:
         check_output(output, resume, data, validation)
     context = click.get_current_context()
-    for name in OF_KDMD if method == "kd" else OF_KD:
+    for name in OTHERS[method]:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
     prompts_only = Path(data).is_file()
-    if prompts_only and (method == "kd" or given["noised_real"]):
-        what = "--method kd" if method == "kd" else "--noised-real"
+    if prompts_only and (method != "kdmd" or given["noised_real"]):
+        what = "--noised-real" if method == "kdmd" else f"--method {method}"
         raise click.UsageError(f"{what} learns from pictures, and {data} is a file; name a folder")
     from snapgen_mlx.device import training_dtype
     from snapgen_mlx.hub import resolve_model
@@ -150,6 +158,7 @@ def distill(
     from snapgen_mlx.training.optimizer import AdamOptions
     from snapgen_mlx.training.teacher import Teacher, load_teacher
     from snapgen_mlx.training.teacher_cache import CachedTeacher
+    from snapgen_mlx.training.tiny_decoder_training import DecoderOptions, distill_decoder
     from snapgen_mlx.training.training_memory import TrainingMemory
 
     echo = speaker()
@@ -157,9 +166,10 @@ def distill(
     def options_of(options_class):
         fields = options_class.__dataclass_fields__
         known = {k: v for k, v in given.items() if k in fields and v is not None}
-        return options_class(**DEFAULTS[method] | known)
+        return options_class(**{"learning_rate": DEFAULTS[method]} | known)
 
-    options: AdamOptions = options_of(KDOptions if method == "kd" else KDMDOptions)
+    kinds = {"kd": KDOptions, "kdmd": KDMDOptions, "decoder": DecoderOptions}
+    options: AdamOptions = options_of(kinds[method])
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10, force=force)
     run.sample_every = run.validate_every = sample_every
     run.extend = resume
@@ -185,6 +195,9 @@ def distill(
     def start(stop):
         examples = [] if prompts_only else read_pictures(data, caption, skip_bad, echo)
         held_out = validation and read_pictures(validation, caption, skip_bad, echo)
+        if isinstance(options, DecoderOptions):
+            source = resolve_model(model)
+            return distill_decoder(source, examples, output, run, options, held_out, stop)
         source, taught = source_and_teacher()
         if isinstance(options, KDOptions):
             return finetune(
@@ -197,6 +210,8 @@ def distill(
 
     follow(start, options.steps, run, echo)
     echo(f"wrote {output}")
+    if method == "decoder":
+        return
     whole = isinstance(options, KDOptions) and not options.lora
     if note := left_out_loras(resolve_model(model), output, not whole):
         echo(note, err=True)

@@ -5,6 +5,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -13,10 +14,16 @@ from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import read_json, write_json
 from snapgen_mlx.loading import load_qwen_image, load_supernet
+from snapgen_mlx.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.training import teacher as teacher_module
 from snapgen_mlx.training.teacher import ModelTeacher, load_teacher
+from snapgen_mlx.training.tiny_decoder_training import (
+    DecoderOptions,
+    DecoderTrainer,
+    decoding_loss,
+)
 
 from .qwen_hub import save_lightning, save_qwen
 from .tiny import write_tiny_model
@@ -214,3 +221,60 @@ def test_what_cannot_teach(material, tmp_path):
     with pytest.raises(SnapGenError, match=r"model\.safetensors"):
         load_teacher(broken, material / "student")
     assert teacher_module.check_latents(material / "qwen", material / "student") is None
+
+
+def test_what_a_tiny_decoder_minimises():
+    """L1 of pixels, and of neighbours' differences in the picture and its halves and quarters."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((2, 8, 16, 3)).astype(np.float32) for _ in range(2))
+    error = torch.tensor(a - b).permute(0, 3, 1, 2)
+    expected = error.abs().mean()
+    for _ in range(3):
+        expected += sum(error.diff(dim=axis).abs().mean() for axis in (2, 3)) / 3
+        error = torch.nn.functional.avg_pool2d(error, 2)
+    assert decoding_loss(mx.array(a), mx.array(b)).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+def test_a_tiny_decoder_learns():
+    decoder = TinyDecoder(TinyDecoderConfig(4, (16, 16, 8, 8), blocks=1))
+
+    class Still:
+        """A decoder whose picture shows the latent's first three channels."""
+
+        def decode(self, latents):
+            x = mx.repeat(mx.repeat(latents[..., :3], 8, 1), 8, 2)
+            return mx.clip(x, -1, 1)
+
+    options = DecoderOptions(learning_rate=1e-2, steps=40, warmup=1, accumulate=2)
+    trainer, losses = DecoderTrainer(decoder, Still(), options), []
+    x0 = mx.random.normal((2, 6, 4, 4), key=mx.random.key(0))
+    for _ in range(40):
+        losses.append(trainer.step(x0, {}, {}, {}, (0, 0))["loss/l1"].item())
+    assert losses[-1] < 0.7 * losses[0]
+    for step in range(20):
+        _, (row, column) = trainer.draw(np.random.default_rng(step), None, (4, 40, 32, 4))
+        assert 0 <= row <= 8 and column == 0
+
+
+def test_a_tiny_decoder(material, tmp_path):
+    """It is resumed bit for bit, and draws."""
+    options = {"method": "decoder", "steps": 6, "learning-rate": 3e-3}
+    for name, more in (("a", {"minutes": 1e-4}), ("a", {}), ("b", {})):
+        args = ["distill", material / "student", material / "data", "-o", tmp_path / name]
+        args += ["--batch", 2, "--warmup", 1, "--validation", material / "data"]
+        args += [f"--{k}={v}" for k, v in (options | more).items()]
+        result = CliRunner().invoke(main, list(map(str, args)))
+        assert result.exit_code == 0, result.output
+    a, b = (mx.load(str(tmp_path / n / "tiny_decoder" / "model.safetensors")) for n in "ab")
+    assert same(a, b)
+    log = (tmp_path / "b" / "run" / "log.jsonl").read_text().splitlines()
+    assert "val/l1" in log[-1]
+    model = shutil.copytree(material / "student", tmp_path / "model")
+    shutil.copytree(tmp_path / "a" / "tiny_decoder", model / "tiny_decoder")
+    pipe = Pipeline.load(model, "tiny", tiny_decoder=True)
+    assert pipe.generate("a cat", steps=1).size == (64, 64)
+    for wrong in (["--teacher", material / "qwen"], ["--guidance", 2]):
+        result = CliRunner().invoke(main, list(map(str, [*args, *wrong])))
+        assert result.exit_code == 2 and "is not for --method decoder" in result.stderr
