@@ -17,7 +17,7 @@ from snapgen_mlx.vocabulary import known_words
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line) for line in re.findall(r"`snapgen-mlx (\w+ .*?)`", README)]
 # These would take minutes, wait or need the Hub: their options are read, and no more.
-READ = {"quantize": "--help", "serve": "--help", "push": "--help"}
+READ = dict.fromkeys(("bench", "quantize", "serve", "push"), "--help")
 READ |= {"finetune": "--explain", "distill": "--explain"}
 
 
@@ -49,7 +49,9 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
     assert found["v"].shape == found["x"].shape and found["image"].size == (128, 128)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/drawing.md", "docs/editing.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/drawing.md", "docs/editing.md", "docs/first-steps.md"]
+)
 def test_examples_are_things_that_the_embedded_model_draws(page):
     folder = embedded_model()
     encoders = load_text_encoders(folder)
