@@ -1,6 +1,6 @@
 """Whether inpainting draws the prompted thing: ``python -m benchmarks.editing``.
 
-A mask covers a picture of one thing but for its border; the prompt asks for another thing. The judge
+A mask covers a picture but for its border, and the prompt asks for another thing. The judge
 says whether it finds that thing in the result. The floor is the same question for the picture
 before; the ceiling is a picture of the thing that was drawn from nothing.
 """
