@@ -122,7 +122,10 @@ class Drawing:
         if self.preview:
             paths += [self._preview_path(job, 0) for job in self.jobs]
         if self.grid:
-            self.grid = output_pattern(self.grid)
+            name = output_pattern(self.grid)
+            if name == STDOUT or "{" in name:
+                raise UsageError(f"--grid {self.grid}: give the name of one file")
+            self.grid = name
             paths.append(Path(self.grid))
         for path in paths:
             check_place(path)

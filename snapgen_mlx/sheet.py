@@ -46,9 +46,9 @@ def contact_sheet(
     return sheet
 
 
-def save_sheet(path, rows, names, columns=None) -> Path:
+def save_sheet(path, rows, names) -> Path:
     """Write ``contact_sheet`` as a PNG, over what stands there."""
     path = Path(path)
     with atomic_write(path) as temporary:
-        contact_sheet(rows, names, columns).save(temporary, format="PNG")
+        contact_sheet(rows, names).save(temporary, format="PNG")
     return path

@@ -106,6 +106,8 @@ def test_a_picture_on_standard_output(run, tmp_path):
         (("-o", "x.jpg", "--background", "transparent"), 2, "JPEG"),
         (("a dog", "-o", "-"), 2, "-o -"),
         (("--grid", "file/x.png"), 1, "file/x.png"),
+        (("--grid", "-"), 2, "one file"),
+        (("--grid", "new/"), 2, "one file"),
         (("--preview", "file"), 1, "Not a directory"),
         (("--seed", "soon"), 2, "random"),
     ],
