@@ -160,7 +160,7 @@ class Drawing:
             names = {job.row: job.settings.prompt for job in self.jobs}
             columns = list(dict.fromkeys(job.column for job in self.jobs))
             sheet = contact_sheet(list(rows.values()), list(names.values()), columns)
-            self._say(str(save_picture(sheet, self.grid, None)))
+            self._say(click.format_filename(save_picture(sheet, self.grid, None)))
 
     def _draw(self, job: Job):
         s, started = job.settings, time.perf_counter()
@@ -181,7 +181,8 @@ class Drawing:
             sys.stdout.buffer.flush()
             name = "standard output"
         else:
-            name = str(save_picture(picture, self.place.path(job), metadata))
+            path = save_picture(picture, self.place.path(job), metadata)
+            name = click.format_filename(path)  # a name may hold bytes that are no text
         self._say(f"{name}  {time.perf_counter() - started:.1f} s")
         return picture
 

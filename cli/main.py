@@ -58,6 +58,8 @@ class Commands(click.Group):
                 line = ": ".join(filter(None, (_name(e.filename), e.strerror)))
             else:
                 line = f"unexpected {type(e).__name__}: {e} (--debug shows where)"
+            # Names of files may hold bytes that are no characters.
+            line = line.encode(errors="replace").decode()
             click.echo("error: " + " ".join(line.split()), err=True)
             ctx.exit(2 if isinstance(e, UsageError) else 1)
 

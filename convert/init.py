@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..config import DiTConfig
 from ..errors import UsageError
-from ..files import atomic_folder, atomic_write, write_json
+from ..files import atomic_folder, atomic_write, expand_user, write_json
 from ..layout import FORMAT
 from ..loading import build_autoencoder
 from ..models.autoencoder import SnapGenAutoencoderConfig
@@ -57,7 +57,7 @@ def init(dest, geometry: str, seed: int, form: str = "mlx") -> dict:
     """
     if geometry not in GEOMETRIES:
         raise UsageError(f"no geometry {geometry!r}; there are {', '.join(GEOMETRIES)}")
-    with atomic_folder(Path(dest).expanduser().absolute()) as tmp:
+    with atomic_folder(expand_user(dest).absolute()) as tmp:
         if form == "mlx":
             size = _write(tmp, geometry, seed)
         else:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..config import DiTConfig
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_folder, write_json
+from ..files import atomic_folder, expand_user, write_json
 from ..layout import COMPONENTS, FEW_STEP, TINY_DECODER, TOKENIZERS, few_step_lora, load_config
 from ..loading import load_dit
 from ..models.elastic import bank_index, in_bank, slice_flat
@@ -34,7 +34,7 @@ def slice_model(folder, dest, variant: str) -> dict:
         UsageError: the variant is unknown, or the model has only one width.
         SnapGenError: files are damaged, or the width splits the quantization groups of a layer.
     """
-    folder, dest = Path(folder), Path(dest).expanduser().absolute()
+    folder, dest = Path(folder), expand_user(dest).absolute()
     path = folder / "transformer"
     source = load_config(path)
     config = DiTConfig.from_dict(source)

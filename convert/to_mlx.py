@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..config import QWEN_IMAGE, DiTConfig
 from ..errors import SnapGenError, UsageError
-from ..files import atomic_write, file_sha256, read_json, write_json
+from ..files import atomic_write, expand_user, file_sha256, read_json, write_json
 from ..layout import FEW_STEP, TOKENIZERS, few_step_loras
 from ..loading import layer_shapes
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
@@ -70,7 +70,7 @@ def convert(
     interruption leaves ``.DEST.partial``, from which the same call goes on. Raises SnapGenError,
     UsageError for options that do not fit together.
     """
-    dest = Path(dest).expanduser().absolute()
+    dest = expand_user(dest).absolute()
     components, index = gather(source, parts or {}, only, config, revision, token)
     for component in components.values():
         plan(component, dtype, quantize, ema)

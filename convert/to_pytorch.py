@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..digest import base_digest
 from ..errors import SnapGenError, UsageError, name_keys
-from ..files import atomic_folder, atomic_write, write_json
+from ..files import atomic_folder, atomic_write, expand_user, write_json
 from ..layout import COMPONENTS, FORMAT, TOKENIZERS, load_config, tokenizer_files
 from ..lora import copy_few_step_loras
 from ..tensors.affine import dequantize
@@ -84,7 +84,7 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
         SnapGenError: the folder is damaged, is not an MLX model, or lacks weights; or ``dest`` is
             not empty.
     """
-    folder, dest = Path(folder), Path(dest).expanduser().absolute()
+    folder, dest = Path(folder), expand_user(dest).absolute()
     head = load_config(folder)
     if head.get("format") != FORMAT["format"]:
         raise UsageError(f"{folder} is not an MLX model folder of snapgen-mlx")

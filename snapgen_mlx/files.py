@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import SnapGenError
+from .errors import SnapGenError, UsageError
 
 UNFINISHED = ".unfinished"  # end of the names of temporary folders
 NAMED = 24  # characters of a name that are part of its temporary name
@@ -47,6 +47,14 @@ def check_impostor(path) -> None:
         raise SnapGenError(f"cannot read {path}: {e.strerror}") from e
     if what:
         raise SnapGenError(f"{path} is {what}")
+
+
+def expand_user(path) -> Path:
+    """A path whose ~ is filled in. Raises UsageError for a user that does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UsageError(f"{path}: there is no user of this name here") from e
 
 
 def read_json(path: Path) -> dict:

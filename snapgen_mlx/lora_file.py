@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from .errors import SnapGenError, name_keys
-from .files import read_json
+from .files import expand_user, read_json
 from .tensors.formats import open_file
 from .tensors.palette import expand
 from .tensors.safetensors_io import check_dtypes, header_metadata
@@ -101,7 +101,7 @@ class LoRAFile:
 
 def find_file(path) -> Path:
     """The LoRA's file: ``path``, or the one in the folder ``path``."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_dir():
         if path.suffix[1:] not in EXTENSIONS:
             raise SnapGenError(f"{path} is not a LoRA file (.{', .'.join(EXTENSIONS)})")

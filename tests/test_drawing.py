@@ -87,6 +87,14 @@ def test_every_kind_of_file_repeats_itself(run, tmp_path, suffix):
     assert b"snapgen" not in (tmp_path / f"c.{suffix}").read_bytes()
 
 
+def test_a_name_of_bytes_that_are_no_text(run, tmp_path):
+    for output in ("\udcff.png", "\udcff/{prompt}"):
+        result = run("a cat", "-o", output)
+        assert result.exit_code == 0 and "nexpected" not in result.output
+    result = run("a cat", "-o", "\udcff/\udcfe.gif")
+    assert result.exit_code == 2 and ".webp" in result.stderr
+
+
 def test_a_picture_on_standard_output(run, tmp_path):
     result = run("a cat", "-o", "-")
     assert result.exit_code == 0, result.stderr

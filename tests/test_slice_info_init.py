@@ -303,6 +303,19 @@ def test_the_embedded_model_has_a_name_everywhere(tmp_path):
     assert run("generate", "-m", "embedded", *args).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("convert", "embedded", "~nobody-here/x"),
+        ("export", "embedded", "~nobody-here/x"),
+        ("generate", "a cat", "--lora", "~nobody-here/x"),
+        ("serve", "--gallery", "~nobody-here/x"),
+    ],
+)
+def test_a_home_that_there_is_not(args):
+    assert "no user" in one_line(run(*args), 2)
+
+
 @pytest.mark.parametrize("source", ["a" * 5000, "\0", "~nobody-of-this-name/x"])
 def test_what_cannot_be_a_model_is_one_line(source):
     result = run("info", source)

@@ -15,7 +15,7 @@ from ..background import WHITE
 from ..config import DiTConfig
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError, format_bytes
-from ..files import atomic_folder, folder_bytes, write_json
+from ..files import atomic_folder, expand_user, folder_bytes, write_json
 from ..layout import COMPONENTS, TINY_DECODER, TOKENIZERS, load_config
 from ..loading import load_dit_config
 from ..lora import copy_few_step_loras
@@ -88,7 +88,7 @@ def quantize(
     UsageError for a request that cannot be met, SnapGenError for damaged files and for a recipe of
     another architecture.
     """
-    model, dest = Path(model), Path(dest).expanduser().absolute()
+    model, dest = Path(model), expand_user(dest).absolute()
     if plot:
         import_matplotlib()  # before the long measurement
     if sum(x is not None for x in (bits, size, target, recipe)) > 1:

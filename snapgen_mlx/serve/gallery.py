@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import SnapGenError
+from ..files import expand_user
 from ..picture_file import read_metadata, save_picture
 
 NAME = re.compile(r"\d{8}-\d{6}[\w-]*\.png")
@@ -20,7 +21,7 @@ class Gallery:
     """
 
     def __init__(self, folder):
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_user(folder)
         self._lock = threading.Lock()
         self._settings: dict[str, dict] = {}  # by name, the oldest first
         try:
