@@ -1,6 +1,7 @@
 """Qwen-Image as a teacher: what it says, offloading, answers on disk, and runs by the command."""
 
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -10,12 +11,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from snapgen_mlx.cli.main import main
+from snapgen_mlx.config import QwenImageConfig
 from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import read_json, write_json
 from snapgen_mlx.loading import load_qwen_image, load_supernet
+from snapgen_mlx.models.qwen_image import QwenImage
 from snapgen_mlx.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from snapgen_mlx.pipeline import Pipeline
+from snapgen_mlx.tensors.weights import flat_parameters, save_tensors
 from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.training import teacher as teacher_module
 from snapgen_mlx.training.teacher import ModelTeacher, load_teacher
@@ -116,6 +120,30 @@ def test_offloading_changes_nothing(material, question):
         assert all(mx.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert offloaded.memory == held.memory
     assert 0 < held.memory.streamed < held.memory.weights
+
+
+def test_memory_of_an_offloaded_teacher(tmp_path):
+    """The prediction, where weights are most of it, and the peak; it is far from all weights."""
+    sizes = dict(num_layers=8, attention_head_dim=64, num_attention_heads=4)
+    sizes |= dict(joint_attention_dim=64, axes_dims_rope=(16, 24, 24))
+    write_json(tmp_path / "config.json", sizes)
+    save_tensors(tmp_path, flat_parameters(QwenImage(QwenImageConfig(**sizes))))
+    teacher = ModelTeacher(
+        load_qwen_image(tmp_path), read=lambda few: load_qwen_image(tmp_path, read_once=True)
+    )
+    x_t, t = mx.random.normal((1, 16, 16, 16)), mx.array([0.5])
+    text = {"qwen": mx.random.normal((1, 16, 64))}
+    masks = {"qwen": mx.ones((1, 16), mx.bool_)}
+    mx.eval(x_t, text, masks)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    teacher.outputs(x_t, t, text, masks)
+    peak = mx.get_peak_memory() - before
+    memory = replace(teacher.memory, text_tokens=16)
+    predicted = memory.streamed + memory.asked((16, 16), 1, guided=False)
+    assert predicted == pytest.approx(peak, rel=0.25)
+    assert peak < 0.6 * memory.weights
 
 
 # Commands
