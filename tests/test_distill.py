@@ -732,6 +732,7 @@ def material(tmp_path_factory):
     mx.disable_compile()
     write_tiny_model(folder / "model")
     write_tiny_model(folder / "other", seed=5)
+    shutil.copytree(folder / "model" / "vae", folder / "other" / "vae", dirs_exist_ok=True)
     (folder / "data").mkdir()
     rng = np.random.default_rng(0)
     for i in range(6):

@@ -30,7 +30,7 @@ from ..models.dit import DiT
 from ..models.interfaces import TextEncoder, TextStates
 from ..models.qwen_image import TOKENS
 from ..sampling import apply_guidance
-from ..tensors.weights import parameter_shapes
+from ..tensors.weights import load_tensors, parameter_shapes
 from ..text_loading import load_text_encoders
 from .checkpoint import fingerprint
 from .data import LatentDataset, cached_states, encode_text
@@ -284,6 +284,16 @@ def check_latents(teacher: Path, student: Path) -> None:
         raise UsageError(
             f"{teacher} has another autoencoder than {student}; a teacher needs the same one"
         )
+    # Rounding apart, as of another dtype. A decoder may be another one: latents are the encoder's.
+    pair = [load_tensors(folder / "vae") for folder in (teacher, student)]
+    keys = [key for key in pair[0] if key.startswith("encoder.") and pair[0][key].ndim == 4]
+    for key in sorted(keys)[:1]:
+        a, b = (tensors[key].astype(mx.float32) for tensors in pair)
+        if (a * b).sum() < 0.99 * mx.sqrt(a.square().sum() * b.square().sum()):
+            raise UsageError(
+                f"the autoencoder of {teacher} has other weights than that of {student}; a teacher "
+                "needs the same one"
+            )
 
 
 def brief(value: Any) -> str:
