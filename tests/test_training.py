@@ -17,7 +17,7 @@ from snapgen_mlx.training.flow_matching import (
     training_shift,
     validation_loss,
 )
-from snapgen_mlx.training.optimizer import global_norm
+from snapgen_mlx.training.optimizer import AdamOptions, Averaged, global_norm
 
 from .toy import toy_config, toy_data, toy_params
 
@@ -339,3 +339,25 @@ def test_restored_trainer_goes_on_bit_for_bit():
         a, b = (trainer.step(*batch(step), [subnet]) for trainer in (one, two))
         assert same(a, b)
     assert same(one.state(), two.state())
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_adam_in_one_kernel_is_mlx_adam(correct):
+    """Up to the rounding of its last digits, on some of the parameters and on all."""
+    options = AdamOptions(learning_rate=1e-2, warmup=2, steps=10, clip=1e9, ema=0)
+    params = {k: mx.random.normal((3, 5), key=mx.random.key(i)) for i, k in enumerate("ab")}
+    ours = Averaged(params, options)
+    ours.optimizer.bias_correction = correct
+    schedule = ours.optimizer._schedulers["learning_rate"]
+    theirs = optim.Adam(schedule, betas=list(options.betas), bias_correction=correct)
+    theirs.init(params)
+    for step in range(5):
+        names = "ab" if step % 2 else "a"
+        grads = {k: mx.random.normal((3, 5), key=mx.random.key(9 * step)) for k in names}
+        params = params | theirs.apply_gradients(dict(grads), params)
+        held = ours.params
+        ours.update(grads)
+        assert held.keys() == params.keys() == ours.params.keys()  # and none is emptied
+    for k, a in params.items():
+        np.testing.assert_allclose(ours.params[k], a, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(ours.optimizer.state[k]["v"], theirs.state[k]["v"], rtol=1e-6)

@@ -13,11 +13,12 @@ from safetensors.torch import save_file as torch_save
 
 from snapgen_mlx.convert.slice import slice_model
 from snapgen_mlx.errors import SnapGenError, UsageError
-from snapgen_mlx.files import write_json
+from snapgen_mlx.files import file_sha256, write_json
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_dit, load_supernet, load_vae
 from snapgen_mlx.models.elastic import slice_flat
 from snapgen_mlx.tensors.affine import dequantize
+from snapgen_mlx.tensors.safetensors_io import save_arrays
 from snapgen_mlx.tensors.weights import (
     INDEX,
     SINGLE,
@@ -332,3 +333,10 @@ def test_integers_are_no_weights(tmp_path, dtype):
     torch_save(tensors | {key: tensors[key].to(getattr(torch, dtype))}, file)
     with pytest.raises(SnapGenError, match="has the dtype"):
         load_vae(folder)
+
+
+def test_the_digest_of_what_is_written_is_that_of_the_file(tmp_path):
+    arrays = {"a": mx.arange(6.0).reshape(2, 3), "b": mx.ones((5,), mx.bfloat16)}
+    arrays["c"] = mx.zeros((0,))
+    digest = save_arrays(tmp_path / "a.safetensors", arrays)
+    assert digest == file_sha256(tmp_path / "a.safetensors")

@@ -75,9 +75,9 @@ class VAEConfig(ConfigMixin):
             area = 1
             for n in (h, w):
                 area *= min(scale * tile + 2 * halo, scale * n)
-            parts.append(area * dim * (13 + 13.5 * len(block.resnets)))
+            parts.append(area * dim * (12 + 12.2 * len(block.resnets)))
             if block.upsamplers:
-                parts.append(area * dim * 46)
+                parts.append(area * dim * 42)
                 scale *= 2
         up = max(map(sum, pairwise(parts)))
         middle = min((h * w) ** 2, SCORES) + 40 * h * w * dims[0]

@@ -6,6 +6,7 @@ safetensors library does neither: its reader maps files into memory, where one t
 later ends the process, tells no positions, and its writer wants all tensors at once.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -221,6 +222,7 @@ def write_tensors(
     tensors: Iterable,
     form: str = "mlx",
     metadata: dict[str, str] | None = None,
+    digest=None,
 ) -> None:
     """Write a safetensors file, one array in memory at a time.
 
@@ -230,6 +232,7 @@ def write_tensors(
         tensors: pairs (key, array) in the same order.
         form: the metadata's "format", which tells libraries whose layouts these are.
         metadata: more strings for the header.
+        digest: a hash of ``hashlib`` that is given all that is written.
 
     Raises:
         SnapGenError: an array does not have the dtype and shape that ``infos`` says.
@@ -244,17 +247,29 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+
+        def write(data) -> None:
+            f.write(data)
+            if digest is not None:
+                digest.update(data)
+
+        write(len(text).to_bytes(8, "little") + text)
         for (key, array), (expected, promise) in zip(tensors, infos.items(), strict=True):
             if key != expected or (array.dtype, tuple(array.shape)) != (promise[0], promise[1]):
                 raise SnapGenError(f"{key}: {array.dtype} {array.shape} instead of {promise}")
             if array.dtype == mx.bfloat16:
                 array = array.view(mx.uint16)
-            f.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+            write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
 
-def save_arrays(path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write ``arrays`` to a safetensors file, whole or not at all, one in memory at a time."""
+def save_arrays(path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> str:
+    """Write ``arrays`` to a safetensors file, whole or not at all, one in memory at a time.
+
+    Returns:
+        The SHA-256 of the file, which need not be read again for it.
+    """
+    digest = hashlib.sha256()
     infos = {key: (a.dtype, tuple(a.shape)) for key, a in arrays.items()}
     with atomic_write(path) as tmp:
-        write_tensors(tmp, infos, arrays.items(), metadata=metadata)
+        write_tensors(tmp, infos, arrays.items(), metadata=metadata, digest=digest)
+    return digest.hexdigest()

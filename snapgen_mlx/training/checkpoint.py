@@ -67,9 +67,9 @@ def save_state(folder, step: int, arrays: dict[str, mx.array], info: dict) -> No
     for file in folder.glob(".state-*"):
         file.unlink()
     weights = folder / f"state-{step:08d}.safetensors"
-    save_arrays(weights, arrays)
+    digest = save_arrays(weights, arrays)
     with atomic_write(weights.with_suffix(".json")) as tmp:
-        tmp.write_text(json.dumps({**info, "step": step, "sha256": file_sha256(weights)}))
+        tmp.write_text(json.dumps({**info, "step": step, "sha256": digest}))
     # Later ones could not be read: the run went on from before them.
     states = [path.stem for path in _states(folder) if path.stem <= weights.stem]
     for file in folder.glob("state-*"):

@@ -131,12 +131,12 @@ class ElasticTrainer:
             velocities.append(v)
             losses = add_arrays(losses, new_losses) if losses else new_losses
             grads = add_arrays(grads, new) if grads else new
-            # The graph of one micro-batch and width is freed before the next is built.
-            mx.eval(new_losses, v)
             if self.options.checkpoint:
+                mx.eval(new_losses, v)
                 for path in sorted(grads, key=backward_order):
                     mx.eval(grads[path])
-            mx.eval(losses, grads)
+            # The graph of one micro-batch and width is freed before the next is built.
+            mx.eval(losses, grads, v)
         # The model must not hold on to weights that the update replaces.
         self._bind(index, {k: mx.zeros(g.shape) for k, g in grads.items()})
         if len(parts) > 1:

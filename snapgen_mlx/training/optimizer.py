@@ -1,6 +1,7 @@
 """Adam with warm-up, a cosine and a running mean, on flat dictionaries of arrays."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +44,46 @@ def mean_over_processes(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     return dict(zip(arrays, nn.average_gradients(list(arrays.values())), strict=True))
 
 
+# One compiled function for each array: MLX's Adam runs a kernel for each product and sum, and a
+# whole tree in one function would hold all old and new arrays at once.
+@partial(mx.compile, shapeless=True)
+def _adam(g, p, m, v, rate, root, betas, eps):
+    keep_m, take_m, keep_v, take_v = betas
+    m = keep_m * m + take_m * g
+    v = keep_v * v + take_v * mx.square(g)
+    return p - rate * m / (mx.sqrt(v) * root + eps), m, v
+
+
+@partial(mx.compile, shapeless=True)
+def _average(mean, p, share):
+    return mean + share * (p - mean)
+
+
+class Adam(optim.Adam):
+    """MLX's Adam in one kernel for each array, one array after the other."""
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """Update the parameters that ``gradients`` names; both are flat, and emptied of them."""
+        super().apply_gradients({}, {})  # the step and the learning rate
+        return {
+            k: self.apply_single(gradients.pop(k), parameters.pop(k), self.state[k])
+            for k in list(gradients)
+        }
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        rate, root = self.learning_rate, mx.array(1.0)
+        if self.bias_correction:
+            rate = rate / (1 - self.betas[0] ** self.step)
+            root = mx.rsqrt(1 - self.betas[1] ** self.step)
+        betas = [mx.array(n) for b in self.betas for n in (b, 1 - b)]  # rounded once
+        moments = state["m"], state["v"]
+        parameter, state["m"], state["v"] = _adam(
+            gradient, parameter, *moments, rate, root, betas, mx.array(self.eps)
+        )
+        mx.eval(parameter, state["m"], state["v"])  # lazily, old and new arrays would all be held
+        return parameter
+
+
 class Averaged:
     """Flat float32 arrays with their Adam state and running mean."""
 
@@ -53,25 +94,28 @@ class Averaged:
         rates = [optim.linear_schedule(0.0, o.learning_rate, max(o.warmup, 1))]
         decay = max(o.steps - o.warmup, 1)
         rates.append(optim.cosine_decay(o.learning_rate, decay, o.learning_rate * o.final_rate))
-        self.optimizer = optim.Adam(optim.join_schedules(rates, [o.warmup]), betas=list(o.betas))
+        self.optimizer = Adam(optim.join_schedules(rates, [o.warmup]), betas=list(o.betas))
         self.optimizer.init(self.params)
-        self._average = mx.compile(self._average_fn)
 
     @property
     def mean(self) -> dict[str, mx.array]:
         """The running mean of the parameters, or themselves where none is kept."""
         return self._mean or self.params
 
-    def _average_fn(self, mean, params, step):
-        # Young averages forget faster, or the random start would weigh on them for long.
-        d = mx.minimum(self.options.ema, (1 + step) / (10 + step))
-        return {k: a + (1 - d) * (params[k] - a) for k, a in mean.items()}
-
     def update(self, grads: dict[str, mx.array]) -> mx.array:
         """One step of Adam on the parameters that ``grads`` names; the gradients' norm. Lazy."""
         grads, size = optim.clip_grad_norm(grads, self.options.clip)
-        self.params = self.params | self.optimizer.apply_gradients(grads, self.params)
-        self._mean = self._average(self._mean, self.params, self.optimizer.step)
+        # No other name may hold what is replaced, or all of it would stay until the end.
+        names, kept = list(self.params), dict(self.params)
+        self.params, self._mean = {}, dict(self._mean)
+        updated = self.optimizer.apply_gradients(grads, kept)
+        self.params = {k: updated[k] if k in updated else kept[k] for k in names}
+        step = self.optimizer.step
+        # Young averages forget faster, or the random start would weigh on them for long.
+        share = 1 - mx.minimum(self.options.ema, (1 + step) / (10 + step))
+        for k, a in self._mean.items():
+            self._mean[k] = _average(a, self.params[k], share)
+            mx.eval(self._mean[k])
         return size
 
     def state(self) -> dict[str, mx.array]:

@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
+import mlx.core as mx
+
 from ..config import DiTConfig, TransformerConfig
 from ..device import on_gpu, on_metal, training_dtype, usable_memory
 from ..errors import UsageError, format_bytes
@@ -27,7 +29,7 @@ from .optimizer import AdamOptions
 
 Options = TypeVar("Options", bound=AdamOptions)
 ANSWERS = 512 << 20  # bytes of an offloaded teacher's outputs that are kept at once
-UPDATE = 0.85  # part of the trained weights that Adam's step needs beside its state and gradients
+UPDATE = 0.5  # part of the trained weights that Adam's step needs beside its state and gradients
 
 
 def flags(options: AdamOptions, other: AdamOptions) -> str:
@@ -143,7 +145,8 @@ class TrainingMemory:
         passes = []
         for i, (config, weights) in enumerate(self._widths):
             frozen = options.lora or self.trained is not None
-            own = 0 if frozen else weights * training_dtype().size
+            copied = training_dtype() != mx.float32  # float32 weights are computed with as they are
+            own = 0 if frozen or not copied else weights * training_dtype().size
             if i < len(self.config.widths) - 1:  # a slice and its gradients
                 own += 0 if frozen else 8 * weights
             passes.append(own + part * self.activations(config, options.checkpoint))
