@@ -169,7 +169,7 @@ def test_everything_bad_is_named_at_once(tmp_path):
     assert "--caption" not in message
     for name in names:
         assert f"{name} (" in message
-    assert "page.png (not a picture)" in message
+    assert "page.png (a web page" in message
     examples, bad = scan_folder(tmp_path)
     assert [e.file.name for e in examples] == ["good.png"] and len(bad) == 9
 
