@@ -451,7 +451,7 @@ def test_psnr_is_reached_with_few_bits(model, measured, prompts, tmp_path):
         assert result.exit_code == 0, result.output
         # Not with the noise that the recipe was chosen with.
         assert min(final_psnrs(result.output)) == pytest.approx(target, abs=2.5)
-        found.append(float(result.output.split("recipe: ")[1].split()[0]))
+        found.append(float(result.output.split("codes of ")[1].split()[0]))
     assert found[0] < found[1] < 8
     line = one_line(run("quantize", model, tmp_path / "y", *options, "--psnr", 200), 2)
     assert "8 bits give" in line
