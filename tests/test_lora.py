@@ -465,7 +465,7 @@ def test_convert_with_loras_is_one_conversion_of_its_own(checkpoint, tmp_path):
     assert again.exit_code == 0 and "nothing to do" in again.output
     for other in ([], ["--lora", str(path)]):
         result = CliRunner().invoke(main, command[:3] + other)
-        assert result.exit_code == 1 and "something else" in result.stderr
+        assert result.exit_code == 1 and "holds another transformer" in result.stderr
 
 
 def test_convert_refuses_loras_that_do_not_fit(checkpoint, tmp_path):
