@@ -59,9 +59,8 @@ class LoRAWeights(Averaged):
         super().__init__(params, options)
         self.optimizer.bias_correction = True
 
-    def _average_fn(self, mean, params, step):
-        d = mx.where(step <= self.start, 0.0, self.options.ema)
-        return {k: params[k] + d * (a - params[k]) for k, a in mean.items()}
+    def decay(self, step: mx.array) -> mx.array:
+        return mx.where(step <= self.start, 0.0, self.options.ema)
 
 
 class KDMDTrainer:

@@ -55,8 +55,8 @@ def _adam(g, p, m, v, rate, root, betas, eps):
 
 
 @partial(mx.compile, shapeless=True)
-def _average(mean, p, share):
-    return mean + share * (p - mean)
+def _average(mean, p, decay):
+    return p + decay * (mean - p)
 
 
 class Adam(optim.Adam):
@@ -102,19 +102,26 @@ class Averaged:
         """The running mean of the parameters, or themselves where none is kept."""
         return self._mean or self.params
 
+    def decay(self, step: mx.array) -> mx.array:
+        """Of the running mean after this step."""
+        # Young averages forget faster, or the random start would weigh on them for long.
+        return mx.minimum(self.options.ema, (1 + step) / (10 + step))
+
     def update(self, grads: dict[str, mx.array]) -> mx.array:
-        """One step of Adam on the parameters that ``grads`` names; the gradients' norm. Lazy."""
+        """One step of Adam on the parameters that ``grads`` names, which is evaluated.
+
+        Returns:
+            The norm of the gradients.
+        """
         grads, size = optim.clip_grad_norm(grads, self.options.clip)
         # No other name may hold what is replaced, or all of it would stay until the end.
         names, kept = list(self.params), dict(self.params)
         self.params, self._mean = {}, dict(self._mean)
         updated = self.optimizer.apply_gradients(grads, kept)
         self.params = {k: updated[k] if k in updated else kept[k] for k in names}
-        step = self.optimizer.step
-        # Young averages forget faster, or the random start would weigh on them for long.
-        share = 1 - mx.minimum(self.options.ema, (1 + step) / (10 + step))
+        decay = self.decay(self.optimizer.step)
         for k, a in self._mean.items():
-            self._mean[k] = _average(a, self.params[k], share)
+            self._mean[k] = _average(a, self.params[k], decay)
             mx.eval(self._mean[k])
         return size
 
