@@ -21,6 +21,7 @@ from .lora_file import LoRAFile, kind_of_keys, read_tensors
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
 from .tensors.safetensors_io import header_metadata, save_arrays
 
+MAX_SCALE = 100  # far beyond any use; larger scales draw only noise
 LISTED = 5  # keys that a message names
 
 
@@ -74,8 +75,8 @@ def load_updates(path, shapes: dict[str, tuple[int, int]], scale: float = 1.0) -
 
 
 def _read(path, scale: float) -> LoRAFile:
-    if not math.isfinite(scale):
-        raise UsageError(f"{path}: {scale} is not a LoRA scale")
+    if not abs(scale) <= MAX_SCALE:  # NaN too
+        raise UsageError(f"{path}: {scale} is not a LoRA scale; give -{MAX_SCALE} to {MAX_SCALE}")
     return LoRAFile.read(path)
 
 

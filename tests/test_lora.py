@@ -314,6 +314,13 @@ def test_nan_and_infinity_are_refused(model, tmp_path, bad):
         load_dit(model, "full", loras=[(path, bad)])
 
 
+@pytest.mark.parametrize("scale", [1e30, -101.0])
+def test_scales_that_draw_only_noise_are_refused(model, tmp_path, scale):
+    path = save(tmp_path / "lora.safetensors", random_lora(PROCESSORS))
+    with pytest.raises(UsageError, match="not a LoRA scale; give -100 to 100"):
+        load_dit(model, "full", loras=[(path, scale)])
+
+
 def test_a_lora_made_for_one_width_is_refused_for_another(model, tmp_path):
     path = save(tmp_path / "lora.safetensors", random_lora(PROCESSORS))
     about = {"widths": ["full"]}
