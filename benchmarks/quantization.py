@@ -87,13 +87,13 @@ def recipes(config: DiTConfig, shapes: dict, found: dict, backend: str) -> dict[
 
 
 HEADER = """\
-| | bits | on disk | transformer, MB | model, MB | PSNR, first | last step | aligned, % | in 5, % |
+| | bits | on disk | transformer, MB | model, MB | PSNR, first | last step | recall, % | in 5, % |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def line(title: str, row: dict) -> str:
-    part, psnr, aligned = row["parts"]["transformer"], row["psnr"], row["recall"]
-    widest = list(aligned)[-1]
+    part, psnr, recall = row["parts"]["transformer"], row["psnr"], row["recall"]
+    widest = list(recall)[-1]
     last = " / ".join(f"{p['last step']:.1f}" for p in psnr.values())
     cells = [
         title,
@@ -103,7 +103,7 @@ def line(title: str, row: dict) -> str:
         f"{row['bytes'] / 1e6:.2f}",
         f"{psnr[widest]['first step']:.1f}" if psnr else "",
         last,
-        *(" / ".join(f"{100 * a[k]:.1f}" for a in aligned.values()) for k in ("top1", "top5")),
+        *(" / ".join(f"{100 * a[k]:.1f}" for a in recall.values()) for k in ("top1", "top5")),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -411,8 +411,8 @@ def test_summary():
     assert found["frechet"]["drawn"] > found["frechet"]["real"] == floor
     assert "frechet" not in summary(prompts[:9], looks[:9])
     ceilings = real.shares
-    assert ceilings["real scenes"]["overall"] >= 0.93
-    assert ceilings["autoencoder"]["overall"] >= 0.91
+    assert ceilings["real scenes"]["overall"] >= 0.95
+    assert all(ceilings["real scenes"][t] >= 0.89 for t in TASKS)  # white on white costs colours
     assert ceilings["moved by 10 %"]["overall"] >= ceilings["real scenes"]["overall"] - 0.03
     assert ceilings["other prompts"]["overall"] <= 0.05
 

@@ -151,6 +151,20 @@ def folded(model: nn.Module) -> dict[str, Tensor]:
     return {k: tensor.detach() for k, tensor in out.items()}
 
 
+@torch.no_grad()
+def calibrate(model: JudgeNetworks) -> None:
+    """Make the scores as sure as they are right, in place.
+
+    Pictures that are changed as in training are harder than those that are judged. The factors
+    are from real scenes of other seeds than those of the ceilings.
+    """
+    thing, names = model.detector.head, model.recognizer.head
+    thing.weight[0] *= 1.5
+    thing.bias[0] = 1.5 * thing.bias[0] + 0.8
+    names.weight[: LABELS["name"]] *= 2
+    names.bias[: LABELS["name"]] *= 2
+
+
 def export(model: JudgeNetworks, path: Path) -> None:
     """Write the folded weights in float16."""
     path.parent.mkdir(parents=True, exist_ok=True)

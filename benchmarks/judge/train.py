@@ -24,7 +24,7 @@ from snapgen_mlx.tensors.weights import SINGLE as WEIGHTS
 
 from . import detecting, recognizing
 from .muon import optimizers
-from .network import JudgeNetworks, export
+from .network import JudgeNetworks, calibrate, export
 from .scenes import Labels, load, save
 
 SCENES = {"plain": 6144, "crowded": 3072}
@@ -90,6 +90,7 @@ def main() -> None:
             path = args.out / f"{name}.pt"
             for record in train(network, LESSONS[name], sets, path, STEPS[name]):
                 print(name, *(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
+        calibrate(networks)
         export(networks.eval(), FOLDER / WEIGHTS)
         labels = Labels(world)
         names = {"name": labels.names, "color": labels.colors, "style": labels.styles}
