@@ -14,10 +14,11 @@ import mlx.nn as nn
 
 from snapgen_mlx import Pipeline
 from snapgen_mlx.device import DTYPES
-from snapgen_mlx.quantization.calibration import PROMPTS, psnr
+from snapgen_mlx.quantization.calibration import psnr
 from snapgen_mlx.sampling import last_step
 
 LARGEST = 65504.0  # float16
+PROMPTS = ("a smiling cat", "a red apple", "a rocket", "a dog", "a yellow star", "a house")
 
 
 @contextmanager
@@ -45,7 +46,9 @@ def latents(pipe: Pipeline, count: int, steps: int) -> mx.array:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model")
-    parser.add_argument("--count", type=int, default=2, help="pictures")
+    parser.add_argument(
+        "--count", type=int, default=2, choices=range(1, 1 + len(PROMPTS)), help="pictures"
+    )
     parser.add_argument("--steps", type=int, default=12)
     args = parser.parse_args()
     print("| width | float16, dB | bfloat16, dB | largest answer of a layer |\n|---|---|---|---|")

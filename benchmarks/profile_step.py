@@ -22,7 +22,7 @@ from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.device import matmul_speed
 from snapgen_mlx.models import attention, dit
 
-from .shapes import evaluation
+from .shapes import TEXT, evaluation
 
 LAYERS = {
     "to_q": "attention, projections",
@@ -72,7 +72,7 @@ class Profile:
 
 def attention_kind(q, k, *_) -> str:
     """Which attention has these queries and keys."""
-    if k.shape[1] == q.shape[1] and k.shape[2] <= 400:
+    if k.shape[2] == TEXT + 1:  # and the null token
         return "attention to the text"
     if k.shape[2] == q.shape[2]:
         return "attention, dense"

@@ -1,0 +1,100 @@
+"""A width for each step: time against quality, and the frontier.
+
+    python -m benchmarks.widths DATA -m MODEL [--count 100] [--plot docs/widths.png] [--json FILE]
+
+Every schedule of 1 to 4 steps in which no width comes after a wider one draws the same held-out
+phrasings from the same noise; DATA and the figures are as of ``benchmarks.few_steps``. On the
+frontier is a schedule than which no other is both faster and nearer to the prompts.
+"""
+
+import argparse
+import json
+import os
+import platform
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+from snapgen_mlx.files import atomic_write, write_json
+from snapgen_mlx.pipeline import Pipeline
+
+from .few_steps import Evaluation
+
+
+def schedules(names: list[str], most: int) -> list[str]:
+    """Variants of 1 to so many steps, narrow widths first: "tiny:1", ..., "tiny:1,full:3"."""
+    out = []
+    for steps in range(1, most + 1):
+        for widths in combinations_with_replacement(names, steps):
+            counts = {name: widths.count(name) for name in names if name in widths}
+            out.append(",".join(f"{name}:{count}" for name, count in counts.items()))
+    return out
+
+
+def frontier(results: dict[str, dict], key: str = "top1") -> list[str]:
+    """The schedules than which none is both as fast and better, the fastest first."""
+    out, best = [], -1.0
+    for name in sorted(results, key=lambda n: (results[n]["seconds"], -results[n][key])):
+        if results[name][key] > best:
+            out.append(name)
+            best = results[name][key]
+    return out
+
+
+def table(results: dict[str, dict]) -> list[str]:
+    best = set(frontier(results))
+    lines = ["| schedule | s | nearest | in five | Fréchet | frontier |", "|---" * 6 + "|"]
+    for name, r in results.items():
+        cells = [f"{r['seconds']:.3f}", f"{100 * r['top1']:.1f} %", f"{100 * r['top5']:.1f} %"]
+        mark = "yes" if name in best else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {r['frechet']:.1f} | {mark} |")
+    return lines
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Time against alignment: single widths, mixed ones, and the frontier."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, mixed in (("one width", False), ("several widths", True)):
+        own = [r for name, r in results.items() if ("," in name) == mixed]
+        x, y = [r["seconds"] for r in own], [100 * r["top1"] for r in own]
+        axes.scatter(x, y, label=label, marker="o" if mixed else "s")
+    best = frontier(results)
+    x, y = ([results[n][k] * f for n in best] for k, f in (("seconds", 1), ("top1", 100)))
+    axes.plot(x, y, color="grey", linewidth=1, label="frontier")
+    for name, a, b in zip(best, x, y, strict=True):
+        axes.annotate(name, (a, b), fontsize=7, xytext=(3, -8), textcoords="offset points")
+    axes.set_xlabel("seconds a picture, without text and decoding")
+    axes.set_ylabel("nearest picture is of the prompt, %")
+    axes.legend()
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("-m", "--model")
+    parser.add_argument("--count", type=int, default=100, help="pictures of a schedule")
+    parser.add_argument("--steps", type=int, default=4, help="at most")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    evaluation = Evaluation(args.data, args.model, args.count)
+    pipe = Pipeline.load(args.model)
+    results = {}
+    for variant in schedules(list(pipe.dit_config.variants), args.steps):
+        pipe.switch(variant)
+        results[variant], _ = evaluation(pipe)
+        print(variant, json.dumps(results[variant]), flush=True)
+    print("\n".join(table(results)))
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+        write_json(args.json, {"machine": machine, "pictures": args.count, "results": results})
+
+
+if __name__ == "__main__":
+    main()
