@@ -138,14 +138,8 @@ def distill(
     """
     if not explain:
         check_output(output, resume, data, validation)
-    context = click.get_current_context()
-    for name in OTHERS[method]:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
     prompts_only = Path(data).is_file()
-    if prompts_only and (method != "kdmd" or given["noised_real"]):
-        what = "--noised-real" if method == "kdmd" else f"--method {method}"
-        raise click.UsageError(f"{what} learns from pictures, and {data} is a file; name a folder")
+    _check_method(method, data if prompts_only else None, given["noised_real"])
     from snapgen_mlx.device import training_dtype
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.loading import load_dit
@@ -163,13 +157,14 @@ def distill(
 
     echo = speaker()
 
-    def options_of(options_class):
-        fields = options_class.__dataclass_fields__
-        known = {k: v for k, v in given.items() if k in fields and v is not None}
-        return options_class(**{"learning_rate": DEFAULTS[method]} | known)
-
-    kinds = {"kd": KDOptions, "kdmd": KDMDOptions, "decoder": DecoderOptions}
-    options: AdamOptions = options_of(kinds[method])
+    kinds: dict[str, type[AdamOptions]] = {
+        "kd": KDOptions,
+        "kdmd": KDMDOptions,
+        "decoder": DecoderOptions,
+    }
+    fields = kinds[method].__dataclass_fields__
+    known = {k: v for k, v in given.items() if k in fields and v is not None}
+    options = kinds[method](**{"learning_rate": DEFAULTS[method]} | known)
     run = RunOptions(batch=batch, seed=seed, minutes=minutes, log_every=10, force=force)
     run.sample_every = run.validate_every = sample_every
     run.extend = resume
@@ -215,3 +210,14 @@ def distill(
     whole = isinstance(options, KDOptions) and not options.lora
     if note := left_out_loras(resolve_model(model), output, not whole):
         echo(note, err=True)
+
+
+def _check_method(method: str, file: str | None, noised_real: bool) -> None:
+    """Refuse options of other methods, and a file of prompts where pictures are needed."""
+    context = click.get_current_context()
+    for name in OTHERS[method]:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} is not for --method {method}")
+    if file and (method != "kdmd" or noised_real):
+        what = "--noised-real" if method == "kdmd" else f"--method {method}"
+        raise click.UsageError(f"{what} learns from pictures, and {file} is a file; name a folder")

@@ -109,7 +109,7 @@ def local_slice(a: Tensor, groups: tuple[int, ...], width: float) -> Tensor:
     return leading(part, (0, *groups[1:]), width)
 
 
-def norm(tensors: list[Tensor], split: bool) -> Tensor:
+def global_norm(tensors: list[Tensor], split: bool) -> Tensor:
     """Euclidean norm over all entries; `split`: the tensors are one process's parts."""
     total = torch.stack(torch._foreach_norm(tensors)).square().sum()
     return _sum(total, split).sqrt()

@@ -158,7 +158,7 @@ class Elastic:
         shared = [k for k in full if not is_isolated(k)]
         sub = [local(self.params[k].grad) for k in shared]
         own = [local_slice(full[k], self.groups.get(k, ()), self.widths[i]) for k in shared]
-        n_full, n_sub = (distributed.norm(grads, self.split) for grads in (own, sub))
+        n_full, n_sub = (distributed.global_norm(grads, self.split) for grads in (own, sub))
         # Beyond the slice the narrower width's gradients are 0, and so are the products.
         dot = distributed.dot([local(full[k]) for k in shared], sub, self.split)
         now = n_full / n_sub.clamp(min=1e-12)
@@ -188,7 +188,7 @@ class Elastic:
     def clip(self) -> Tensor:
         """Bring the gradients' norm down to `clip`; returns what it was."""
         grads = [local(g) for g in self.gradients().values()]
-        size = distributed.norm(grads, self.split)
+        size = distributed.global_norm(grads, self.split)
         torch._foreach_mul_(grads, (self.options.clip / (size + 1e-6)).clamp(max=1.0))
         return size
 
