@@ -66,10 +66,7 @@ class Guard:
 
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         if refusal := self._refusal(scope, headers):
-            # A socket that closes with unread bytes is reset, and the client never sees the answer.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_SECONDS):
-                    await _body(receive)
+            await _drain(receive)
             return await refuse(*refusal)
         if self.token and (login := self._login(scope)):
             start = {"type": "http.response.start", "status": 303, "headers": login}
@@ -147,6 +144,18 @@ def _too_large() -> str:
     return f"a body of more than {MAX_BODY // 10**6} MB; send smaller pictures"
 
 
+async def _drain(receive) -> None:
+    """Read and forget the rest of a refused request's body, as far as it comes in time.
+
+    A socket that closes with unread bytes is reset, and the client never sees the answer.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (message := await receive())["type"] != "http.disconnect":
+                if not message.get("more_body", False):
+                    return
+
+
 async def _body(receive) -> bytes | None:
     """The body, cut off soon after MAX_BODY; None when the client went away."""
     parts, length, more = [], 0, True
@@ -157,4 +166,6 @@ async def _body(receive) -> bytes | None:
         parts.append(message.get("body", b""))
         length += len(parts[-1])
         more = message.get("more_body", False)
+    if more:
+        await _drain(receive)
     return b"".join(parts)
