@@ -123,7 +123,7 @@ def test_step_is_the_definition(data, subnet, adaptive):
     w = (n_full / n_sub).clamp(0.2, 5) if adaptive else 1.0
 
     seen = {}
-    ours.optimizer.step = lambda: seen.update({k: p.grad for k, p in ours.params.items()})
+    ours.optimizers[0].step = lambda: seen.update({k: p.grad for k, p in ours.params.items()})
     metrics = ours.step(given)
     assert metrics["loss/full"] == pytest.approx(loss.item(), rel=1e-5)
     assert float(metrics[f"ratio/{TRANSFORMER['widths'][subnet]:g}"]) == pytest.approx(
@@ -154,7 +154,7 @@ def test_isolated_parameters_of_other_widths_rest(data):
     """No change, no moments, no count of steps for the width that a step does not train."""
     ours = trainer(weight_decay=0.1)
     ours.step(batch(data, subnet=0))
-    state = ours.optimizer.state
+    state = ours.optimizers[0].state
     before = {k: p.detach().clone() for k, p in ours.params.items()}
     moments = {k: {n: a.clone() for n, a in state[p].items()} for k, p in ours.params.items()}
     ours.step(batch(data, step=1, subnet=1))
@@ -180,17 +180,20 @@ def finished(data, tmp_path, name: str, *configs: dict):
 GROWING = {"final_rate": 1, "steps_per_shard": 3}
 
 
-def test_resume_is_bit_equal(data, tmp_path):
-    whole = finished(data, tmp_path, "whole", GROWING)
-    parts = finished(data, tmp_path, "parts", GROWING | {"steps": 4}, GROWING)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_resume_is_bit_equal(data, tmp_path, optimizer):
+    changes = GROWING | {"optimizer": optimizer}
+    whole = finished(data, tmp_path, "whole", changes)
+    parts = finished(data, tmp_path, "parts", changes | {"steps": 4}, changes)
     assert records(parts) == records(whole)
     assert sum("validation/1" in r for r in records(whole)) == 2
     a, b = states.load(parts), states.load(whole)
     assert a["step"] == b["step"] == 6
     for part in ("params", "ema"):
         assert all(torch.equal(a[part][k], v) for k, v in b[part].items())
-    for k, moments in b["optimizer"]["state"].items():
-        assert all(torch.equal(a["optimizer"]["state"][k][n], v) for n, v in moments.items())
+    for ours, theirs in zip(a["optimizers"], b["optimizers"], strict=True):
+        for k, moments in theirs["state"].items():
+            assert all(torch.equal(ours["state"][k][n], v) for n, v in moments.items())
     assert torch.equal(a["ratios"], b["ratios"])
     sheets = [(out / "sheets" / "0000006.safetensors").read_bytes() for out in (parts, whole)]
     assert sheets[0] == sheets[1]
@@ -338,7 +341,7 @@ def test_two_processes_are_one_with_the_doubled_batch(data, start, tmp_path, spl
     for part in ("params", "ema"):
         for k, v in b[part].items():
             assert torch.allclose(a[part][k], v, rtol=1e-3, atol=1e-5), k
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    assert a["optimizers"][0]["state"].keys() == b["optimizers"][0]["state"].keys()
     whole = finished(data, tmp_path, "one", changes | {"steps": 6})
     parts = finished(data, tmp_path, "two", changes | {"steps": 6})
     assert records(parts)[-1] == pytest.approx(records(whole)[-1], rel=1e-3)
@@ -368,3 +371,25 @@ def test_bfloat16_only_where_the_processor_has_it(monkeypatch, fast, dtype):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_muon_moves_the_inner_matrices(data):
+    """Each of its steps has singular values near rate·0.2·sqrt(longer side), the rest is Adam's."""
+    ours = trainer(optimizer="muon", warmup=0, clip=1e9)
+    before = {k: p.detach().clone() for k, p in ours.params.items()}
+    ours.step(batch(data, subnet=1))
+    adam, muon = (set(map(id, o.param_groups[0]["params"])) for o in ours.optimizers)
+    assert not adam & muon and len(adam | muon) == len(ours.params)
+    names = {k for k, p in ours.params.items() if id(p) in muon}
+    assert "dit.mid.0.ffn.fc1.weight" in names and "text.layers.0.to_qkv.weight" in names
+    assert not any("time_embed" in k or "final" in k or "patch" in k for k in names)
+    name = "dit.mid.0.ffn.fc1.weight"
+    change = (ours.params[name] - before[name]).detach()
+    sizes = torch.linalg.svdvals(change) / (1e-3 * 0.2 * max(change.shape) ** 0.5)
+    assert 0.3 < sizes.median() < 1.5
+
+
+def test_unknown_optimizer(data, tmp_path, capsys):
+    config = write_config(tmp_path / "c.json", optimizer="sgd")
+    assert run(data, tmp_path / "run", config) == 2
+    assert "'adam' or 'muon'" in capsys.readouterr().err

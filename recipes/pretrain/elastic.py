@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..precision import autocast
-from . import distributed
+from . import distributed, optimizers
 from .data import Batch
 from .distributed import local, local_slice, split_like, whole
 from .model import SnapGenPPTransformer2DModel
@@ -30,6 +30,7 @@ class Training:
     """The `training` part of a run's configuration; `batch` is over all processes."""
 
     batch: int = 64
+    optimizer: str = "adam"  # or "muon"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -90,8 +91,17 @@ def add_noise(batch: Batch) -> tuple[Tensor, Tensor]:
     return (1 - t) * batch.latents + t * batch.noise, batch.noise - batch.latents
 
 
+def each_moment(state: dict, change: Callable[[Tensor, int], Tensor]) -> dict:
+    """An optimizer's state with `change(moment, number of its parameter)` for every moment."""
+    moments = {
+        i: {name: change(a, i) for name, a in moment.items()}
+        for i, moment in state["state"].items()
+    }
+    return state | {"state": moments}
+
+
 class Elastic:
-    """Network, optimizer and running mean; `step` makes one update.
+    """Network, optimizers and running mean; `step` makes one update.
 
     Args:
         network: with float32 parameters.
@@ -108,13 +118,7 @@ class Elastic:
         self.split = any(isinstance(p, DTensor) for p in self.params.values())
         self.groups = {f"dit.{k}": g for k, g in network.dit.sliced().items()}
         self.device = next(iter(self.params.values())).device
-        self.optimizer = torch.optim.AdamW(
-            self.params.values(),
-            lr=options.learning_rate,
-            betas=tuple(options.betas),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        self.optimizers = optimizers.build(self.params, options, self.split)
         self.ema = {k: p.detach().clone() for k, p in self.params.items()}
         # |g_full| / |g_s| over the shared slice, a running mean per narrower width; 0: none yet.
         self.ratios = torch.zeros(self.full, device=self.device)
@@ -129,8 +133,8 @@ class Elastic:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update on a batch; returns scalars, not synchronised with the host."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.rate(self.steps)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.options.rate(self.steps)
         x_t, target = add_noise(batch)
         v_full = self.velocity(x_t, batch, self.full)
         loss = F.mse_loss(v_full, target)
@@ -139,8 +143,9 @@ class Elastic:
         if self.full:
             metrics |= self.add_subnet(x_t, target, batch, v_full.detach())
         size = self.clip()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.zero_grad()
         self.average()
         self.steps += 1
         return metrics | {"grad": size}
@@ -148,7 +153,7 @@ class Elastic:
     def add_subnet(self, x_t, target, batch: Batch, v_full: Tensor) -> dict[str, Tensor]:
         """Backward pass of the narrower width; its gradients join those of the full one."""
         full = self.gradients()
-        self.optimizer.zero_grad()
+        self.zero_grad()
         i = batch.subnet
         v = self.velocity(x_t, batch, i)
         loss = F.mse_loss(v, target)
@@ -181,6 +186,10 @@ class Elastic:
             f"ratio/{name}": now,
             f"cos/{name}": dot / (n_full * n_sub).clamp(min=1e-12),
         }
+
+    def zero_grad(self) -> None:
+        for p in self.params.values():
+            p.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         return {k: p.grad for k, p in self.params.items() if p.grad is not None}
@@ -227,14 +236,14 @@ class Elastic:
 
     def state(self) -> dict:
         """Everything that changes, tensors whole; every process must ask."""
-        optimizer = self.optimizer.state_dict()
-        moments = optimizer["state"]
-        moments = {i: {n: whole(a) for n, a in moment.items()} for i, moment in moments.items()}
         return {
             "step": self.steps,
             "params": {k: whole(p.detach()) for k, p in self.params.items()},
             "ema": {k: whole(a) for k, a in self.ema.items()},
-            "optimizer": optimizer | {"state": moments},
+            "optimizers": [
+                each_moment(optimizer.state_dict(), lambda a, i: whole(a))
+                for optimizer in self.optimizers
+            ],
             "ratios": self.ratios,
         }
 
@@ -243,11 +252,10 @@ class Elastic:
         for k, p in self.params.items():
             p.copy_(split_like(state["params"][k], p))
             self.ema[k].copy_(split_like(state["ema"][k], p))
-        params = list(self.params.values())
-        moments = {
-            i: {n: split_like(a, params[i]) for n, a in moment.items()}
-            for i, moment in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            params = optimizer.param_groups[0]["params"]
+            optimizer.load_state_dict(
+                each_moment(kept, lambda a, i, params=params: split_like(a, params[i]))
+            )
         self.ratios.copy_(state["ratios"])
         self.steps = state["step"]

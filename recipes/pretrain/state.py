@@ -37,7 +37,7 @@ def load(folder: Path) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if whole else {}
     except Exception:  # whatever a damaged file gives
         state = {}
-    if "optimizer" not in state:
+    if "optimizers" not in state:
         raise SnapGenError(
             f"{path} is damaged; put {PREVIOUS} in its place, or remove both to start again"
         )
