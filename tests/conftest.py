@@ -1,4 +1,4 @@
-"""Python started beside the tests, in one process or two."""
+"""Fixtures of many tests: kernels that are not compiled; Python in one or two processes beside."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import torch
 
@@ -15,6 +16,14 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 # Compiling a step's kernels takes a minute on a CPU.
 ENVIRONMENT = os.environ | {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def uncompiled():
+    """Compiling the kernels of a training step takes minutes on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture

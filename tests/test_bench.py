@@ -22,13 +22,12 @@ from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
 from .gpu import as_on_a_gpu
 from .tiny import tiny_config, write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    mx.disable_compile()
+def small_matrices(monkeypatch):
     monkeypatch.setattr(bench, "MATRIX", {True: 64, False: 64})
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import sys
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,15 +13,9 @@ from snapgen_mlx.training.lora_training import lora_params, save_lora
 
 from .tiny import tiny_config, write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 CONCEPTS = {"cat": "a smiling cat", "dog": "a red dog", "kitty": "a happy kitty"}
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the steps' kernels takes minutes on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")

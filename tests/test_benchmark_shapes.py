@@ -11,12 +11,7 @@ from snapgen_mlx.flops import step_flops
 
 from .tiny import tiny_config
 
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def small():

@@ -27,13 +27,7 @@ from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
 from .gpu import as_on_a_gpu
 from .tiny import tiny_config, write_tiny_model
 
-
-@pytest.fixture(autouse=True, scope="module")
-def uncompiled():
-    """A kernel for each type would have to be compiled."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 HALF = [mx.float16, mx.bfloat16]

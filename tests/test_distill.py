@@ -54,15 +54,9 @@ from .toy_distill import (
     updates,
 )
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the steps' kernels takes minutes on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def batch(seed: int = 0, size: int = 4):
@@ -549,7 +543,6 @@ def test_a_restored_trainer_goes_on_bit_for_bit():
 def reference(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     run = tmp_path_factory.mktemp("reference")
-    mx.disable_compile()
     records = list(toy_kdmd_run(run, STEPS))
     assert records[-1]["done"]
     assert {"val/std", "val/colour", "val/spread", "val/error"} <= set(records[-1])
@@ -651,7 +644,6 @@ def test_monitors_compare_with_the_guided_teacher(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained():
-    mx.disable_compile()
     return trained_params(300)
 
 
@@ -729,7 +721,6 @@ def test_a_run_may_begin_beyond_the_limits(tmp_path):
 def material(tmp_path_factory):
     """Two tiny models and a folder of pictures."""
     folder = tmp_path_factory.mktemp("material")
-    mx.disable_compile()
     write_tiny_model(folder / "model")
     write_tiny_model(folder / "other", seed=5)
     shutil.copytree(folder / "model" / "vae", folder / "other" / "vae", dirs_exist_ok=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recipes.pretrain import export, sample, train
 from recipes.pretrain.elastic import Training
@@ -79,6 +79,45 @@ def test_export_of_the_conversion_is_the_checkpoint(folder, tmp_path):
     for name in ("config.json", "vocab.txt", "emoji.json"):
         file = tmp_path / "back" / "text_encoder" / name
         assert file.read_text() == (folder / "torch" / "text_encoder" / name).read_text()
+
+
+def train_from(folder, checkpoint, out) -> int:
+    """A run of one step whose rate is 0, from a checkpoint's weights."""
+    training = TRAINING | {"steps": 1, "learning_rate": 0.0, "prompts": []}
+    config = {"transformer": TRANSFORMER, "text": TEXT, "training": training}
+    (folder / "still.json").write_text(json.dumps(config))
+    args = ["--data", folder / "data", "--out", out, "--config", folder / "still.json"]
+    return train.main([*map(str, args), "--words", str(folder / "words"), "--init", checkpoint])
+
+
+def test_a_run_starts_from_a_checkpoint(folder, tmp_path):
+    assert train_from(folder, str(folder / "torch"), tmp_path / "run") == 0
+    args = [tmp_path / "run", tmp_path / "back", "--parts", folder / "parts"]
+    assert export.main([*map(str, args)]) == 0
+    for file in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
+        before, after = (
+            load_file(top / f"{file}.safetensors") for top in (folder / "torch", tmp_path / "back")
+        )
+        assert before.keys() == after.keys()
+        assert all(torch.equal(a, after[k]) for k, a in before.items())
+
+
+@pytest.mark.parametrize("fault", ["nothing", "damaged", "lost weight"])
+def test_a_run_does_not_start_from_a_damaged_checkpoint(folder, tmp_path, capsys, fault):
+    checkpoint, name = tmp_path / "torch", "diffusion_pytorch_model.safetensors"
+    if fault != "nothing":
+        shutil.copytree(folder / "torch", checkpoint)
+        file = checkpoint / "transformer" / name
+        if fault == "damaged":
+            file.write_bytes(file.read_bytes()[:-10])
+        else:
+            weights = load_file(file)
+            del weights["patch_embed.proj.bias"]
+            save_file(weights, file)
+    assert train_from(folder, str(checkpoint), tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: cannot start from") and name in line
+    assert not (tmp_path / "run" / "state.pt").exists()
 
 
 @pytest.mark.parametrize("fault", ["no run", "no vae", "damaged state"])

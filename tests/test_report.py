@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -16,17 +15,11 @@ from snapgen_mlx.training.report import CELL, picture_grid, plot_losses
 
 from .tiny import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 WIDTHS = ("tiny", "small", "full")
 TEXTS = ["a red dog", "a happy cat", "日本語", "a kitty", "a red dog"]
 PROMPTS = ["a red dog", "a happy cat", "a kitty"]
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,6 @@ def finetune(*args):
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
     output = tmp_path_factory.mktemp("finished") / "out"
-    mx.disable_compile()
     result = finetune(material, output, "--validation", material / "data")
     assert result.exit_code == 0, result.output
     return output, result

@@ -27,17 +27,11 @@ from snapgen_mlx.training.report import Report
 from .tiny import write_tiny_model
 from .toy import toy_config, toy_data, toy_options, toy_run, toy_trainer
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 STEPS = 21
 COMMAND = ("-c", "from snapgen_mlx.cli.main import main; main()")
 MEASURED = ("images/s", "peak GB", "done", "stopped")
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def losses(record: dict) -> dict:
@@ -60,7 +54,6 @@ def same(a: dict, b: dict) -> bool:
 def reference(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     run = tmp_path_factory.mktemp("reference")
-    mx.disable_compile()
     records = list(toy_run(run, STEPS))
     assert [r["step"] for r in records] == [*range(2, STEPS, 2), STEPS]
     assert records[-1]["done"] and not records[-1]["stopped"]
@@ -330,7 +323,6 @@ def invoke(*args):
 def finished(material, tmp_path_factory):
     """(output folder, result) of the command that nothing interrupted."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    mx.disable_compile()
     return output, invoke(*arguments(material, output))
 
 

@@ -32,21 +32,14 @@ from snapgen_mlx.training.tiny_decoder_training import (
 from .qwen_hub import save_lightning, save_qwen
 from .tiny import write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 PROMPTS = ["a red cat", "a happy dog", "a cat"]
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the steps' kernels takes minutes on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     """A teacher with its 4-step LoRA, a student of its autoencoder, pictures and prompts."""
-    mx.disable_compile()
     folder = tmp_path_factory.mktemp("material")
     save_lightning(folder / "lightning.safetensors")
     convert(save_qwen(folder / "hub"), folder / "qwen")

@@ -20,17 +20,11 @@ from .fake_hub import FakeHub
 from .qwen_hub import save_lightning, save_qwen
 from .reference.weights import random_state_dict
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 CLI = "import sys; from snapgen_mlx.cli.main import main; main(sys.argv[1:])"
 STUDENT = DIT | {"hidden_size": 64, "head_dim": 8, "num_heads": 8, "num_kv_heads": 8}
 STUDENT |= {"text_dims": {"clip": 32}, "layers": [1, 1, 1], "ffn_ratio": [2, 2, 2]}
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the steps' kernels takes minutes on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def save_student(folder):

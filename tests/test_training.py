@@ -21,15 +21,9 @@ from snapgen_mlx.training.optimizer import AdamOptions, Averaged, global_norm
 
 from .toy import toy_config, toy_data, toy_params
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 FULL = 2  # index of the full width
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def batch(seed: int, size: int = 4):

@@ -28,13 +28,7 @@ from snapgen_mlx.training.pictures import read_folder
 from .tiny import tiny_config, write_tiny_model
 from .toy import ToyText, toy_run
 
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,9 @@ from snapgen_mlx.training.lora_training import attach_lora, lora_change, lora_pa
 from .tiny import write_tiny_model
 from .toy import toy_config, toy_data, toy_params
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 RANK = 3
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def batch(seed: int, size: int = 4):

@@ -24,15 +24,9 @@ from snapgen_mlx.training.training_memory import TrainingMemory
 from .tiny import tiny_config, write_tiny_model
 from .toy import toy_config, toy_params
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 TOKENS = 8
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling the step's kernels takes a minute on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.mark.parametrize(

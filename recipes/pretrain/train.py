@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError, UsageError
@@ -77,6 +77,22 @@ def build(transformer: dict, text: dict | None, training: Training, table: Path)
     if not (config.mid_skips and config.downsample):
         raise UsageError("mid_skips and downsample cannot be switched off in pretraining")
     return Network(SnapGenPPTransformer2DModel(config, training.checkpointing), encoder)
+
+
+def start_from(network: Network, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint folder, such as `snapgen-mlx export` writes.
+
+    Raises:
+        UsageError: a file is missing or damaged, or its weights are of another geometry.
+    """
+    files = {network.dit: checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"}
+    if network.text is not None:
+        files[network.text] = checkpoint / "text_encoder" / "model.safetensors"
+    for part, file in files.items():
+        try:
+            part.load_state_dict({k: a.float() for k, a in load_file(file).items()})
+        except Exception as e:  # the many ways in which a file is missing, damaged or another's
+            raise UsageError(f"cannot start from {file}: {str(e).splitlines()[0]}") from e
 
 
 def geometry(network: Network) -> dict[str, dict]:
@@ -301,6 +317,8 @@ def train(args) -> None:
     with locked(args.out) if distributed.rank() == 0 else nullcontext():
         table = args.words if text is None else keep_words(args.words, args.out)
         network = build(transformer, text, options, table).to(device)
+        if args.init:
+            start_from(network, args.init)
         words = load_words(table, network.text.config) if network.text else None
         config = network.dit.config
         shards = Shards(
@@ -330,6 +348,7 @@ def main(argv=None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--config", type=Path, required=True, help="JSON file of the run")
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights a new run starts from")
     parser.add_argument("--words", type=Path, default=WORD_TABLE, help="folder of the word table")
     parser.add_argument("--vae", type=Path, help="autoencoder that decodes the sample sheets")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
