@@ -10,6 +10,7 @@ their diversity. The floor is real scenes of other prompts of the same task.
 
 import argparse
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
+from recipes.command import command
 from recipes.embedded.autoencoder import load_autoencoder
 from recipes.embedded.scenes import SIZE, World, flatten
 from snapgen_mlx.cli.judging import headline, row
-from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.geneval import TASKS, Prompt, Score, correct
 from snapgen_mlx.judge import (
@@ -73,18 +74,16 @@ def scored(prompts: list[Prompt], looks: list[Looked]) -> Score:
     return score
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
     parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="pictures of a prompt (4)")
     parser.add_argument("--dry-run", action="store_true", help="only print")
-    args = parser.parse_args()
-    try:
-        world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
-        judge, prompts = Judge.load(), protocol()
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+    judge, prompts = Judge.load(), protocol()
 
     def decoded(image, _):
         return through(autoencoder, image[None])[0]
@@ -134,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from recipes.command import command
 from recipes.embedded.autoencoder import Autoencoder, load_autoencoder
 from recipes.embedded.scenes import flatten
 from recipes.pretrain import state as states
@@ -27,7 +28,7 @@ from recipes.pretrain.model import SnapGenPPTransformer2DModel
 from recipes.pretrain.sample import denoise
 from recipes.pretrain.text import NAME, TextConfig, WordTransformer, load_words, pad
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.geneval import Prompt
 from snapgen_mlx.judge import Judge, protocol
 from snapgen_mlx.scoring import summary
@@ -108,7 +109,8 @@ def point(run: Path, vae: Path, count: int, steps: int, guidance: float) -> dict
     return record
 
 
-def main(argv=None) -> int:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run of recipes.pretrain.train")
     parser.add_argument("--vae", type=Path, required=True, help="folder of its autoencoder")
@@ -116,13 +118,8 @@ def main(argv=None) -> int:
     parser.add_argument("--steps", type=int, default=12, help="denoising steps (12)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(4)")
     args = parser.parse_args(argv)
-    try:
-        record = point(args.run, args.vae, args.prompts, args.steps, args.guidance)
-    except SnapGenError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
+    record = point(args.run, args.vae, args.prompts, args.steps, args.guidance)
     print("this step has its line already" if record is None else json.dumps(record))
-    return 0
 
 
 if __name__ == "__main__":

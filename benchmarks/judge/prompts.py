@@ -9,13 +9,14 @@ tasks in their proportions. Forty prompts of a style follow, which are no part o
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
+from recipes.command import command
 from recipes.embedded.colors import COLORS
 from recipes.embedded.scenes import Scene, Thing, World
 from recipes.embedded.sprites import STYLES
 from recipes.embedded.things import NUMBERS, RELATIONS, WORDINGS, article, plural
-from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_write
 from snapgen_mlx.geneval import Prompt
 from snapgen_mlx.judge import FOLDER, PROMPTS
@@ -124,17 +125,15 @@ def real_scene(world: World, prompt: Prompt, seed: str) -> Scene:
     return world.compose(rng, kind, things, relation)
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
-    args = parser.parse_args()
-    try:
-        made = rows(World.load(args.sprites))
-        with atomic_write(FOLDER / PROMPTS) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    made = rows(World.load(args.sprites))
+    with atomic_write(FOLDER / PROMPTS) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

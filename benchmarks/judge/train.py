@@ -8,6 +8,7 @@ the weights are written to ``snapgen_mlx/assets/judge``. No generated picture is
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from recipes.command import command
 from recipes.embedded.autoencoder import load_autoencoder
 from recipes.embedded.scenes import World
-from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.judge import FOLDER, NAMES_FILE
 from snapgen_mlx.tensors.weights import SINGLE as WEIGHTS
@@ -74,30 +75,28 @@ def train(
             sums, started = {}, time.monotonic()
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
     parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
     parser.add_argument("out", type=Path, help="folder of the scenes and of the states")
-    args = parser.parse_args()
-    try:
-        world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
-        save(world, autoencoder, args.out / "scenes", SCENES)
-        sets = {kind: load(args.out / "scenes", kind, n) for kind, n in SCENES.items()}
-        torch.manual_seed(0)
-        networks = JudgeNetworks()
-        for name, network in networks.named_children():
-            path = args.out / f"{name}.pt"
-            for record in train(network, LESSONS[name], sets, path, STEPS[name]):
-                print(name, *(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
-        calibrate(networks)
-        export(networks.eval(), FOLDER / WEIGHTS)
-        labels = Labels(world)
-        names = {"name": labels.names, "color": labels.colors, "style": labels.styles}
-        write_json(FOLDER / NAMES_FILE, names)
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+    save(world, autoencoder, args.out / "scenes", SCENES)
+    sets = {kind: load(args.out / "scenes", kind, n) for kind, n in SCENES.items()}
+    torch.manual_seed(0)
+    networks = JudgeNetworks()
+    for name, network in networks.named_children():
+        path = args.out / f"{name}.pt"
+        for record in train(network, LESSONS[name], sets, path, STEPS[name]):
+            print(name, *(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
+    calibrate(networks)
+    export(networks.eval(), FOLDER / WEIGHTS)
+    labels = Labels(world)
+    names = {"name": labels.names, "color": labels.colors, "style": labels.styles}
+    write_json(FOLDER / NAMES_FILE, names)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ that latents made with it stay valid, and its decoder is trained further on whol
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_write
+
+from ..command import command
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASS = "StickerAutoencoder"
@@ -236,7 +239,8 @@ def save_autoencoder(model: Autoencoder, folder) -> None:
         tmp.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
+@command
+def main(argv=None) -> None:
     from .autoencoder_training import DECODER, JOINT, measure, scene_pool, train
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -246,24 +250,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--channels", type=int, help="of the latents (default: 16, or 8 at 8)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--decoder-only", action="store_true")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     options = DECODER if args.decoder_only else JOINT
-    try:
-        if args.decoder_only:
-            model = load_autoencoder(args.out)
-        else:
-            sizes = asdict(GEOMETRIES[args.factor]) | {"latents_mean": [], "latents_std": []}
-            sizes |= {"latent_channels": args.channels} if args.channels else {}
-            model = Autoencoder(Config(**sizes))
-        images = scene_pool(args.world, "train", 6000, args.out / "train.npy")
-        heldout = scene_pool(args.world, "heldout", 256, args.out / "heldout.npy")
-        for record in train(model, images, args.out, options, args.steps):
-            print(" ".join(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
-        print("held out:", *(f"{k} {v:.4g}" for k, v in measure(model, heldout).items()))
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    if args.decoder_only:
+        model = load_autoencoder(args.out)
+    else:
+        sizes = asdict(GEOMETRIES[args.factor]) | {"latents_mean": [], "latents_std": []}
+        sizes |= {"latent_channels": args.channels} if args.channels else {}
+        model = Autoencoder(Config(**sizes))
+    images = scene_pool(args.world, "train", 6000, args.out / "train.npy")
+    heldout = scene_pool(args.world, "heldout", 256, args.out / "heldout.npy")
+    for record in train(model, images, args.out, options, args.steps):
+        print(" ".join(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
+    print("held out:", *(f"{k} {v:.4g}" for k, v in measure(model, heldout).items()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,15 +9,16 @@ packages once into the cache) and the Python package `resvg-py`.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
 
-from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder
 
+from ..command import command
 from .concepts import Phrases, fraction, select, with_article
 from .emoji_words import CORE
 from .packages import SOURCES, fetch, load_drawings, load_words, rasterise
@@ -194,20 +195,18 @@ def _write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--cache", type=Path, help="where the packages are kept (default: beside)")
     parser.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES)
     parser.add_argument("--core", action="store_true", help="only the concepts of CORE")
-    args = parser.parse_args()
-    try:
-        cache = args.cache or args.out.parent / "cache"
-        card = build(args.out, cache, args.styles, args.core)
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    cache = args.cache or args.out.parent / "cache"
+    card = build(args.out, cache, args.styles, args.core)
     print(json.dumps(card, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

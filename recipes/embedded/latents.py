@@ -10,15 +10,17 @@ those that are there. What is there is not made again.
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.files import atomic_write
 
+from ..command import command
 from ..precision import autocast
 from .autoencoder import load_autoencoder
 from .scenes import World
@@ -60,29 +62,27 @@ def span(text: str) -> range:
         raise argparse.ArgumentTypeError(f"{text!r} is not a span such as 0:16") from None
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
     parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
     parser.add_argument("out", type=Path, help="folder of shards")
     parser.add_argument("--shards", type=span, default=range(0), help="numbers, such as 0:16")
     parser.add_argument("--heldout", action="store_true", help="make the validation shard")
-    args = parser.parse_args()
-    try:
-        if not args.shards and not args.heldout:
-            raise UsageError("say what to make: --shards 0:16, --heldout, or both")
-        world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
-        jobs = [("heldout", HELD_OUT, "heldout")] if args.heldout else []
-        jobs += [(f"shard-{i:05d}", SHARD, "train") for i in args.shards]
-        for name, size, split in jobs:
-            if (args.out / f"{name}.safetensors").exists():
-                continue
-            seeds = [f"{name}/{i}" for i in range(size)]
-            write(args.out, name, *encode(world, autoencoder, seeds, split))
-            print(f"{name}: {size} scenes", flush=True)
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    if not args.shards and not args.heldout:
+        raise UsageError("say what to make: --shards 0:16, --heldout, or both")
+    world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+    jobs = [("heldout", HELD_OUT, "heldout")] if args.heldout else []
+    jobs += [(f"shard-{i:05d}", SHARD, "train") for i in args.shards]
+    for name, size, split in jobs:
+        if (args.out / f"{name}.safetensors").exists():
+            continue
+        seeds = [f"{name}/{i}" for i in range(size)]
+        write(args.out, name, *encode(world, autoencoder, seeds, split))
+        print(f"{name}: {size} scenes", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

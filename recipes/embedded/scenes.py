@@ -8,14 +8,14 @@ gives the same scene everywhere.
 
 import argparse
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from snapgen_mlx.errors import SnapGenError
-
+from ..command import command
 from .captions import Captions
 from .characters import character
 from .colors import COLORS, recolor
@@ -301,7 +301,8 @@ def sheet(scenes: list[Scene], columns: int = 8) -> Image.Image:
     return out
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sprites", type=Path, help="folder of recipes.embedded.sprites")
     parser.add_argument("out", type=Path, help="PNG file to write")
@@ -309,11 +310,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--kind", choices=KINDS)
-    args = parser.parse_args()
-    try:
-        world = World.load(args.sprites)
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    world = World.load(args.sprites)
     scenes = [
         world.scene(random.Random(f"{args.seed}/{i}"), args.split, args.kind)
         for i in range(args.count)
@@ -324,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.files import atomic_folder
 
+from ..command import command
 from .concepts import join_key, select
 from .data import phrasings
 from .packages import fetch_all, load_drawings, load_words, rasterise
@@ -134,17 +136,15 @@ def build(out: Path, cache: Path) -> list[Concept]:
     return concepts
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--cache", type=Path, help="where packages are kept (default: beside)")
-    args = parser.parse_args()
-    try:
-        concepts = build(args.out, args.cache or args.out.parent / "cache")
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    concepts = build(args.out, args.cache or args.out.parent / "cache")
     print(f"{len(concepts)} concepts, {sum(len(c.styles) for c in concepts)} sprites")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,6 +24,7 @@ from snapgen_mlx.models.word_tokens import UNKNOWN
 from snapgen_mlx.tensors.weights import save_tensors
 from snapgen_mlx.text_loading import load_static_text
 
+from ..command import command
 from .concepts import CLASS_NAME, emoji_names, plain
 from .packages import SOURCES, fetch, load_words
 
@@ -195,20 +196,18 @@ def build(out: Path, cache: Path, word_list: Path) -> dict:
     }
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--cache", type=Path, help="where packages are kept (default: beside)")
     parser.add_argument(
         "--words", type=Path, default=Path("/usr/share/dict/american-english-small")
     )
-    args = parser.parse_args()
-    try:
-        report = build(args.out, args.cache or args.out.parent / "cache", args.words)
-    except SnapGenError as e:
-        raise SystemExit(f"error: {e}") from None
+    args = parser.parse_args(argv)
+    report = build(args.out, args.cache or args.out.parent / "cache", args.words)
     print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

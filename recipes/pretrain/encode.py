@@ -26,6 +26,8 @@ from torch import Tensor
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import atomic_write
 
+from ..command import command
+
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 BATCH = 16
 # Name in the transformer's text_dims: folders of model and tokenizer, most tokens (section 2).
@@ -174,7 +176,8 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor], captions: list[st
         save_file(tensors, temporary)
 
 
-def main(argv=None) -> int:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="data folder")
     parser.add_argument("tars", type=Path, nargs="+", help="tars of pictures and captions")
@@ -184,25 +187,20 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
     rank, processes = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    try:
-        if args.size % 64 or args.size < 64:
-            raise UsageError(f"--size {args.size}: must be a multiple of 64")
-        if args.heldout and len(args.tars) != 1:
-            raise UsageError("--heldout takes one tar")
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        names = ["heldout"] if args.heldout else [f"shard-{i:05d}" for i in range(len(args.tars))]
-        todo = list(zip(names, args.tars, strict=True))[rank::processes]
-        todo = [(n, tar) for n, tar in todo if not (args.out / f"{n}.safetensors").exists()]
-        encoders = Encoders(args.parts, args.device) if todo else None
-        for name, tar in todo:
-            tensors, captions = encode(tar, encoders, args.size)
-            write(args.out, name, tensors, captions)
-            print(f"{name}: {len(captions)} pictures of {tar}", flush=True)
-    except SnapGenError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
-    return 0
+    if args.size % 64 or args.size < 64:
+        raise UsageError(f"--size {args.size}: must be a multiple of 64")
+    if args.heldout and len(args.tars) != 1:
+        raise UsageError("--heldout takes one tar")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    names = ["heldout"] if args.heldout else [f"shard-{i:05d}" for i in range(len(args.tars))]
+    todo = list(zip(names, args.tars, strict=True))[rank::processes]
+    todo = [(n, tar) for n, tar in todo if not (args.out / f"{n}.safetensors").exists()]
+    encoders = Encoders(args.parts, args.device) if todo else None
+    for name, tar in todo:
+        tensors, captions = encode(tar, encoders, args.size)
+        write(args.out, name, tensors, captions)
+        print(f"{name}: {len(captions)} pictures of {tar}", flush=True)
 
 
 if __name__ == "__main__":

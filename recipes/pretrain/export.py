@@ -13,11 +13,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.files import atomic_folder, read_json, write_json
 from snapgen_mlx.loading import load_vae_config
 from snapgen_mlx.tokenizer_files import copy_word_files
 
+from ..command import command
 from . import state as states
 from .text import TextConfig, WordTransformer
 
@@ -110,18 +111,14 @@ def library(config: dict) -> list[str]:
     return ["transformers", config.get("architectures", ["AutoModel"])[0]]
 
 
-def main(argv=None) -> int:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("out", type=Path, help="folder of the checkpoint, which is made")
     parser.add_argument("--parts", type=Path, help="folder of the models that were not trained")
     args = parser.parse_args(argv)
-    try:
-        export(args.run, args.out, args.parts)
-    except SnapGenError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
-    return 0
+    export(args.run, args.out, args.parts)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from snapgen_mlx.config import DiTConfig
-from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.files import atomic_folder, atomic_write
 from snapgen_mlx.training.checkpoint import locked
 
+from ..command import command
 from . import distributed
 from . import state as states
 from .data import Shards, noise_like
@@ -343,7 +344,8 @@ def train(args) -> None:
         run.loop()
 
 
-def main(argv=None) -> int:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -353,12 +355,7 @@ def main(argv=None) -> int:
     parser.add_argument("--vae", type=Path, help="autoencoder that decodes the sample sheets")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args(argv)
-    try:
-        train(args)
-    except SnapGenError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
-    return 0
+    train(args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.files import atomic_write
 
+from ..command import command
 from .data import Shards
 from .elastic import Elastic
 from .text import load_words
@@ -86,7 +87,8 @@ def trials(args) -> None:
         print(name, *(f"{k} {v:g}" for k, v in row.items()), flush=True)
 
 
-def main() -> None:
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path, help="JSON file of the run")
     parser.add_argument("trials", type=Path, help="JSON file of the trials")
@@ -94,11 +96,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--words", type=Path, default=WORD_TABLE, help="folder of the word table")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training for each trial")
-    try:
-        trials(parser.parse_args())
-    except SnapGenError as e:
-        sys.exit(f"error: {e}")
+    trials(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
