@@ -22,7 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.config import DiTConfig
+from snapgen_mlx.device import usable_memory
 from snapgen_mlx.flops import step_flops
+from snapgen_mlx.memory import attention_scores
 from snapgen_mlx.models.dit import DiT
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.sizes import parameter_count
@@ -95,21 +97,31 @@ def ablation(base: DiTConfig, args) -> None:
     print_rows(table(configs, args.sizes[0], args.rounds))
 
 
+def scores_fit(config: DiTConfig, n: int) -> bool:
+    """Whether two copies of the first stage's scores over n tokens fit into memory."""
+    return 8 * config.num_heads * attention_scores(config, 0, n) < usable_memory()
+
+
 def tokens(base: DiTConfig, args) -> None:
-    """One layer in each stage: the whole network differs only by a factor."""
+    """One layer in each stage: the whole network differs only by a factor.
+
+    "-" stands for what does not fit into memory.
+    """
     base = dataclasses.replace(base, layers=[1, 1, 1])
     head = ["pixels", "tokens", "ASSA, s", "dense, s", "ASSA, µs a token", "dense, µs a token"]
     print_rows([[*head, "ASSA / dense", "of operations"], ["---"] * (len(head) + 2)])
     for size in args.sizes:
         both = {"assa": base, "dense": dataclasses.replace(base, attention=DENSE)}
-        work = {name: evaluation(config, size)[0] for name, config in both.items()}
-        seconds = take_turns(work, args.rounds)
         n = (size // 8 // base.patch_size) ** 2
+        fitting = {name: config for name, config in both.items() if scores_fit(config, n)}
+        work = {name: evaluation(config, size)[0] for name, config in fitting.items()}
+        seconds = take_turns(work, args.rounds)
         flops = {k: step_flops(c, (size // 8, size // 8), TEXT) for k, c in both.items()}
-        cells = [f"{size}²", str(n), *(f"{s:.3g}" for s in seconds.values())]
-        cells += [f"{1e6 * s / n:.3g}" for s in seconds.values()]
-        ratio, of_work = (d["assa"] / d["dense"] for d in (seconds, flops))
-        print_rows([[*cells, f"{ratio:.2f}", f"{of_work:.2f}"]])
+        times = [seconds.get(name) for name in both]
+        cells = [f"{size}²", str(n), *(f"{s:.3g}" if s else "-" for s in times)]
+        cells += [f"{1e6 * s / n:.3g}" if s else "-" for s in times]
+        ratio = f"{seconds['assa'] / seconds['dense']:.2f}" if all(times) else "-"
+        print_rows([[*cells, ratio, f"{flops['assa'] / flops['dense']:.2f}"]])
 
 
 def neighbourhood(base: DiTConfig, args) -> None:

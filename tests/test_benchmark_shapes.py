@@ -1,5 +1,6 @@
 """The commands behind docs/performance.md, on small shapes."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -31,9 +32,14 @@ def test_schedules_and_their_frontier():
         "worse": {"seconds": 2.0, "top1": 0.4, "top5": 0.6, "frechet": 9.0},
         "good": {"seconds": 3.0, "top1": 0.7, "top5": 0.8, "frechet": 5.0},
     }
-    assert widths.frontier(results) == ["fast", "good"]
+    assert widths.frontier(results, "top1") == ["fast", "good"]
+    assert widths.frontier(results, "frechet") == ["fast", "good"]
     lines = widths.table(results)
     assert len({line.count("|") for line in lines}) == 1 and lines[3].endswith("|  |")
+    assert lines[2].endswith("| nearest, Fréchet |")
+    results["worse"]["frechet"] = 7.0  # near to real pictures, far from the prompts
+    assert widths.frontier(results, "top1") == ["fast", "good"]
+    assert widths.frontier(results, "frechet") == ["fast", "worse", "good"]
 
 
 def test_a_profile_counts_all_operations_of_a_step():
@@ -71,3 +77,14 @@ def test_what_half_precision_and_memory_are_measured_with(tmp_path):
     with precision.largest_answer() as answers:
         assert precision.latents(pipe, 1, 1).dtype == mx.float32
     assert 1 < mx.stack(answers).max().item() < precision.LARGEST
+
+
+def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
+    """Running out of memory at one size would lose the table."""
+    dense = dataclasses.replace(small(), attention=shapes.DENSE)
+    tokens = (256 // 8 // dense.patch_size) ** 2
+    needed = [8 * c.num_heads * shapes.attention_scores(c, 0, tokens) for c in (small(), dense)]
+    monkeypatch.setattr(shapes, "usable_memory", lambda: sum(needed) // 2)
+    shapes.tokens(small(), SimpleNamespace(sizes=[256], rounds=1))
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("| ").split("|")]
+    assert [i for i, cell in enumerate(row) if cell == "-"] == [3, 5, 6]
