@@ -309,7 +309,7 @@ def test_the_embedded_model_has_a_name_everywhere(tmp_path):
         ("convert", "embedded", "~nobody-here/x"),
         ("export", "embedded", "~nobody-here/x"),
         ("generate", "a cat", "--lora", "~nobody-here/x"),
-        ("serve", "--gallery", "~nobody-here/x"),
+        ("serve", "--port", "0", "--gallery", "~nobody-here/x"),
     ],
 )
 def test_a_home_that_there_is_not(args):
