@@ -373,24 +373,26 @@ def test_loras_change_the_picture_and_are_recorded(run, tmp_path):
     [("embedded", 256, 128), ("large", 128, 128), ("large", 256, 256)],
 )
 def test_editing_needs_what_is_predicted(request, folder, width, height):
-    pipe = Pipeline.load(request.getfixturevalue(folder), "tiny")
-    edit = Edit(Image.new("RGB", (width, height), "red"))
-    settings = pipe.edit_settings("a", edit, width=width, height=height, guidance=1, steps=2)
-    predicted = pipe.memory.predict("tiny", Request(width, height, editing=True))
-    assert pipe.memory.predict("tiny", Request(width, height)).read == 0
-    for weight in flat_parameters(pipe.dit).values():  # as after an earlier picture
-        mx.eval(weight)
-    pipe.decode(mx.zeros((1, 8, 8, pipe.dit_config.in_channels)))
-    mx.clear_cache()
-    base = mx.get_active_memory()
-    held = predicted.read - pipe.memory.encoder  # what was read before counts too
-    held -= pipe.memory.vae.encoding_bytes(height // 8, width // 8, pipe.dtype.size)
-    mx.reset_peak_memory()
-    pipe.stream(settings, edit)
-    peak = mx.get_peak_memory() - base + held
-    assert predicted.read == pytest.approx(peak, rel=TOLERANCE)
-    # On a busy machine MLX runs less far ahead of its kernels, and holds less.
-    assert 0.6 < (peak - held) / (predicted.read - held) < 1 + TOLERANCE
+    """The largest of three peaks: MLX runs less far ahead of its kernels on a busy machine."""
+    size, peaks = {"width": width, "height": height}, []
+    for _ in range(3):
+        pipe = Pipeline.load(request.getfixturevalue(folder), "tiny")
+        edit = Edit(Image.new("RGB", (width, height), "red"))
+        settings = pipe.edit_settings("a", edit, **size, guidance=1, steps=2)
+        predicted = pipe.memory.predict("tiny", Request(width, height, editing=True))
+        assert pipe.memory.predict("tiny", Request(width, height)).read == 0
+        for weight in flat_parameters(pipe.dit).values():  # as after an earlier picture
+            mx.eval(weight)
+        pipe.decode(mx.zeros((1, 8, 8, pipe.dit_config.in_channels)))
+        mx.clear_cache()
+        base = mx.get_active_memory()
+        held = predicted.read - pipe.memory.encoder  # what was read before counts too
+        held -= pipe.memory.vae.encoding_bytes(height // 8, width // 8, pipe.dtype.size)
+        mx.reset_peak_memory()
+        pipe.stream(settings, edit)
+        peaks.append(mx.get_peak_memory() - base + held)
+    assert predicted.read == pytest.approx(max(peaks), rel=TOLERANCE)
+    assert predicted.read - held == pytest.approx(max(peaks) - held, rel=TOLERANCE)
 
 
 def test_an_edit_that_does_not_fit_is_refused_before_it_is_read(large, limit):

@@ -389,6 +389,15 @@ def test_muon_moves_the_inner_matrices(data):
     assert 0.3 < sizes.median() < 1.5
 
 
+def test_another_optimizer_on_resume(data, tmp_path, capsys):
+    out = finished(data, tmp_path, "run", {"steps": 1})
+    config = write_config(tmp_path / "c.json", steps=2, optimizer="muon")
+    capsys.readouterr()
+    assert run(data, out, config) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another optimizer than 'muon'" in line
+
+
 def test_unknown_optimizer(data, tmp_path, capsys):
     config = write_config(tmp_path / "c.json", optimizer="sgd")
     assert run(data, tmp_path / "run", config) == 2

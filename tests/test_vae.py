@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLQwenImage as TorchVAE
 from mlx.utils import tree_flatten
 
 from snapgen_mlx.errors import SnapGenError, UsageError
+from snapgen_mlx.models import convolution
 from snapgen_mlx.models import vae as vae_module
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
 from snapgen_mlx.tensors.weights import assign
@@ -153,3 +154,13 @@ def test_what_it_cannot_do_is_refused(tiny):
         VAEConfig.from_dict(TINY | {"attn_scales": [1.0]})
     with pytest.raises(SnapGenError):
         VAEConfig.from_dict(TINY | {"latents_std": [1.0]})
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 12, 8), (2, 13, 5, 8), (1, 3, 64, 8)])
+def test_a_convolution_in_strips_is_the_whole_one(monkeypatch, shape):
+    layer = convolution.Conv3x3(8, 6)
+    x = mx.random.normal(shape, key=mx.random.key(0))
+    whole = layer(x)
+    monkeypatch.setattr(convolution, "UNFOLDED", 9 * 8 * shape[0] * shape[2] * 4)  # four rows
+    assert layer(x).shape == whole.shape
+    assert mx.abs(layer(x) - whole).max() <= 1e-6

@@ -116,6 +116,11 @@ def resume(trainer: Elastic, folder: Path) -> None:
                     f"the run in {folder} has {part} {key} {there.get(key)}, the configuration "
                     f"{here.get(key)}; choose another --out"
                 )
+    if len(state["optimizers"]) != len(trainer.optimizers):
+        raise UsageError(
+            f"the run in {folder} has another optimizer than {trainer.options.optimizer!r}; "
+            "choose another --out"
+        )
     trainer.restore(state)
 
 

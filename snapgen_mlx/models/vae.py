@@ -10,13 +10,12 @@ import mlx.nn as nn
 from ..config import ConfigMixin
 from ..device import on_gpu, on_metal
 from ..errors import SnapGenError, UsageError
+from .convolution import UNFOLDED, Conv3x3
 from .sizes import weight_bytes
 from .tiny_decoder import upsample_nearest
 
 # Attention scores computed at once: 64 MB in float32.
 SCORES = 1 << 24
-# Numbers of an unfolded input that stay in a CPU's cache: 8 MB in float32.
-UNFOLDED = 1 << 21
 
 
 @dataclass
@@ -125,26 +124,6 @@ class Norm(nn.Module):
 
     def __call__(self, x):
         return mx.fast.rms_norm(x, self.gamma, self._eps)
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution with padding. A CPU computes some rows at a time, with the same result.
-
-    On a CPU MLX unfolds the input to nine times its size. Where this fits into the cache, the
-    convolution takes about half of the time.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int):
-        super().__init__(in_dim, out_dim, 3, padding=1)
-
-    def __call__(self, x):
-        B, H, W, C = x.shape
-        rows = max(UNFOLDED // (9 * B * W * C), 1)
-        if rows >= H or on_gpu():
-            return super().__call__(x)
-        padded = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-        parts = [padded[:, top : top + rows + 2] for top in range(0, H, rows)]
-        return mx.concatenate([mx.conv2d(a, self.weight) for a in parts], axis=1) + self.bias
 
 
 class ResidualBlock(nn.Module):
