@@ -188,7 +188,7 @@ class SnapGenPPTransformer2DModel(nn.Module):
         self.upsample = Resample(d, 4 * d, (4, 1))
         self.final = Final(config)
         self.apply(_initialise)
-        nn.init.zeros_(self.final.proj.weight)
+        _let_noise_pass(self.patch_embed.proj.weight, self.final.proj.weight)
         for time in self.time_embed:
             nn.init.normal_(time.modulation.weight, std=0.02)
 
@@ -246,6 +246,24 @@ class SnapGenPPTransformer2DModel(nn.Module):
             elif isinstance(module, Filter | nn.Conv2d):
                 out[f"{path}.weight"] = out[f"{path}.bias"] = (1,)
         return out
+
+
+@torch.no_grad()
+def _let_noise_pass(first: Tensor, last: Tensor) -> None:
+    """Start a convolution (d, C, p, p) as a rotation for every width, and `last` as its inverse.
+
+    The velocity holds the noise, all p² C numbers of a patch. A width that is hardly wider than
+    that loses some of them between Gaussian weights, and takes long to learn not to.
+
+    Args:
+        last: (p² C, d), channel fastest; half as large as the inverse.
+    """
+    d, channels, patch, _ = first.shape
+    size = patch * patch * channels
+    blocks = [nn.init.orthogonal_(first.new_empty(size, size)) for _ in range(-(-d // size))]
+    rows = torch.cat(blocks)[:d]  # (d, p² C): each width's slice begins with whole rotations
+    first.copy_(rows.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2))
+    last.copy_(0.5 * math.sqrt(size / d) * rows.T)
 
 
 def _initialise(module: nn.Module) -> None:
