@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from benchmarks import memory, precision, profile_step, shapes, widths
+from benchmarks import memory, precision, profile_step, shapes, updates, widths
 from snapgen_mlx import Pipeline
 from snapgen_mlx.flops import step_flops
 
@@ -88,3 +88,9 @@ def test_what_does_not_fit_is_left_out(capsys, monkeypatch):
     shapes.tokens(small(), SimpleNamespace(sizes=[256], rounds=1))
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("| ").split("|")]
     assert [i for i, cell in enumerate(row) if cell == "-"] == [3, 5, 6]
+
+
+def test_what_surrounds_a_step(capsys, monkeypatch):
+    monkeypatch.setattr(updates, "SIDE", 8)
+    updates.main(["--arrays", "2", "--rounds", "1"])
+    assert capsys.readouterr().out.count("| Adam, ") == 2

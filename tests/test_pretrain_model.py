@@ -97,3 +97,19 @@ def test_gradients(index, checkpointing):
         if p.grad is not None:
             scale = max(expected[k].abs().max(), floor)
             assert (p.grad - expected[k]).abs().max() <= 1e-4 * scale, k
+
+
+def test_every_width_lets_the_noise_pass_at_the_start():
+    """Its first weights keep lengths, and its last ones give the patch back, half as large."""
+    torch.manual_seed(0)
+    model = SnapGenPPTransformer2DModel(DiTConfig.from_dict(SUPERNET))
+    patches = torch.randn(1, 5, 16)
+    for width in SUPERNET["widths"]:
+        d = int(64 * width)
+        x = model.patch_embed(patches, width)
+        whole = d // 16 * 16  # channels of whole rotations
+        lengths = x[..., :whole].norm(dim=-1) / patches.norm(dim=-1)
+        torch.testing.assert_close(lengths, torch.full((1, 5), (whole / 16) ** 0.5))
+        last = model.final.proj.weight[:, :whole]
+        expected = patches * whole / 16 * 0.5 * (16 / 64) ** 0.5
+        torch.testing.assert_close(x[..., :whole] @ last.T, expected, rtol=1e-5, atol=1e-5)

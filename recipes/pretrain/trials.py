@@ -2,10 +2,10 @@
 
     python -m recipes.pretrain.trials CONFIG.json TRIALS.json --data DIR --out DIR --minutes 3
 
-TRIALS.json maps each trial's name to what it changes of CONFIG.json, part by part. Every trial
-trains for the same time from the same seed on the same samples. The table that is printed gives
-the flow loss of held-out scenes, with the averaged weights, at each width; a trial whose result
-stands in the output folder is not run again.
+TRIALS.json holds under "trials", for each name, what this trial changes of CONFIG.json, part by
+part, and under "common" what all of them change. Every trial trains for the same time from the same
+seed on the same samples. The table that is printed gives the flow loss of held-out scenes, with the
+averaged weights, at each width; a trial whose result stands in the output folder is not run again.
 """
 
 import argparse
@@ -74,9 +74,12 @@ def read(path: Path) -> dict:
 
 
 def trials(args) -> None:
-    config, changes = read(args.config), read(args.trials)
+    config, listed = read(args.config), read(args.trials)
+    if not isinstance(listed, dict) or "trials" not in listed:
+        raise UsageError(f'{args.trials} has no part "trials"')
+    config = merged(config, listed.get("common", {}))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, change in changes.items():
+    for name, change in listed["trials"].items():
         own, result = args.out / f"{name}.config.json", args.out / f"{name}.json"
         if not result.exists():
             own.write_text(json.dumps(merged(config, change), indent=2) + "\n", encoding="utf-8")
