@@ -1,13 +1,17 @@
-"""A sheet of 48 prompts by the three variants, all from seed 0: ``python -m benchmarks.sheet OUT``.
+"""A sheet of prompts by the three variants, all from seed 0: ``python -m benchmarks.sheet OUT``.
 
-Nothing is picked: the prompts stand below, several of them phrased as no training caption is.
+Nothing is picked: the 48 prompts stand below, several of them phrased as no training caption is.
+``--prompts FILE`` draws other ones, such as those of ``benchmarks/prompts``.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image
 
+from recipes.command import command
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.files import atomic_write
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.training.report import picture_grid
@@ -26,14 +30,27 @@ VARIANTS = ["tiny", "small", "full"]
 CELL, COLUMNS = 96, 12
 
 
-def main():
+def read_prompts(file: Path | None) -> list[str]:
+    """The prompts of a text file, a line each; lines that begin with # name what follows."""
+    if file is None:
+        return [p.strip() for p in PROMPTS.replace("\n", ";").split(";") if p.strip()]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot read {file}: {e}") from e
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+@command
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("-m", "--model")
+    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
-    args = parser.parse_args()
-    prompts = [p.strip() for p in PROMPTS.replace("\n", ";").split(";") if p.strip()]
+    args = parser.parse_args(argv)
+    prompts = read_prompts(args.prompts)
     pictures = {}
     for variant in VARIANTS:
         pipe = Pipeline.load(args.model, variant)
@@ -56,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

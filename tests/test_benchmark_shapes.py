@@ -1,13 +1,15 @@
 """The commands behind docs/performance.md, on small shapes."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
-from benchmarks import memory, precision, profile_step, shapes, updates, widths
+from benchmarks import memory, precision, profile_step, shapes, sheet, updates, widths
 from snapgen_mlx import Pipeline
+from snapgen_mlx.errors import UsageError
 from snapgen_mlx.flops import step_flops
 
 from .tiny import tiny_config
@@ -94,3 +96,11 @@ def test_what_surrounds_a_step(capsys, monkeypatch):
     monkeypatch.setattr(updates, "SIDE", 8)
     updates.main(["--arrays", "2", "--rounds", "1"])
     assert capsys.readouterr().out.count("| Adam, ") == 2
+
+
+def test_prompts_of_sheets(tmp_path):
+    folder = Path(sheet.__file__).parent / "prompts"
+    counts = {file.stem: len(sheet.read_prompts(file)) for file in folder.glob("*.txt")}
+    assert counts == {"composed": 48, "varied": 60} and len(sheet.read_prompts(None)) == 48
+    with pytest.raises(UsageError, match=r"cannot read .*none\.txt"):
+        sheet.read_prompts(tmp_path / "none.txt")
