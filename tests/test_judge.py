@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.judge import curve, detecting, recognizing, train
 from benchmarks.judge.network import JudgeNetworks as TorchNetworks
-from benchmarks.judge.network import export, folded
+from benchmarks.judge.network import calibrate, export, folded, unfold
 from benchmarks.judge.scenes import LABEL, MOST
 from recipes.embedded.autoencoder import Autoencoder, Config, save_autoencoder
 from recipes.embedded.things import held_out
@@ -248,6 +248,21 @@ def test_mlx_is_torch(tmp_path):
     (tmp_path / "labels.json").write_text((FOLDER / "labels.json").read_text())
     (look,) = Judge.load(tmp_path).look([Image.fromarray((x[0] * 255).astype(np.uint8))])
     assert look.features == pytest.approx(features[0].numpy(), abs=0.05)  # float16
+
+
+def test_folded_weights_train_further():
+    model, again = random_networks(), TorchNetworks().eval()
+    unfold(again, folded(model))
+    x, c = torch.rand(2, 3, SIDE, SIDE), torch.rand(2, 3, CROP, CROP)
+    with torch.no_grad():
+        torch.testing.assert_close(again.detector(x), model.detector(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again.recognizer(c), model.recognizer(c), rtol=1e-4, atol=1e-4)
+    calibrate(again)
+    assert not torch.allclose(again.detector.head.bias, model.detector.head.bias)
+    calibrate(again, back=True)
+    after = folded(again)
+    for k, a in folded(model).items():
+        torch.testing.assert_close(after[k], a)
 
 
 def test_places_of_maps_made_by_hand():

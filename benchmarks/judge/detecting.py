@@ -64,7 +64,8 @@ def spoil(x: Tensor, rng: np.random.Generator) -> Tensor:
     x = torch.where(some(0.3), torch.lerp(x, soft, between(0.3, 1)), x)
     coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     x = torch.where(some(0.12), coarse, x)
-    tinted = (x - 0.5) * between(0.85, 1.12) * between(0.96, 1.04, 3) + 0.5 + between(-0.05, 0.03)
+    # Hardly brighter: what is white on white would vanish.
+    tinted = (x - 0.5) * between(0.85, 1.02) * between(0.96, 1.02, 3) + 0.5 + between(-0.05, 0)
     x = torch.where(some(0.4), tinted, x)
     noise = torch.tensor(rng.standard_normal(x.shape, np.float32)) * between(0, 0.06)
     return torch.where(some(0.3), x + noise, x).clamp(0, 1)

@@ -21,6 +21,9 @@ from snapgen_mlx.models.detector import (
     PATCH,
 )
 
+# What makes logits as sure as they are right: factors, and what is added to a thing's.
+THING, THING_MORE, NAMES = 1.5, 0.8, 2.0
+
 
 class Conv(nn.Sequential):
     """A convolution and its normalisation, which ``export`` folds into one convolution."""
@@ -152,17 +155,38 @@ def folded(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def calibrate(model: JudgeNetworks) -> None:
-    """Make the scores as sure as they are right, in place.
+def unfold(model: nn.Module, arrays: dict[str, Tensor]) -> None:
+    """Give a network weights that ``folded`` made; in evaluation mode it then computes the same."""
+    for name, module in model.named_modules():
+        weight, bias = (arrays.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if weight is None:
+            continue
+        weight = weight.float()
+        if isinstance(module, Conv):
+            conv, norm = module
+            if weight.ndim == 4:
+                weight = weight.permute(0, 3, 1, 2)
+            conv.weight.copy_(weight.reshape(conv.weight.shape))
+            norm.weight.fill_((1 + norm.eps) ** 0.5)  # of a running variance of 1
+            norm.bias.copy_(bias)
+        else:
+            module.weight.copy_(weight.reshape(module.weight.shape))
+            module.bias.copy_(bias)
+
+
+@torch.no_grad()
+def calibrate(model: JudgeNetworks, back: bool = False) -> None:
+    """Make the scores as sure as they are right, in place; or undo it.
 
     Pictures that are changed as in training are harder than those that are judged. The factors
     are from real scenes of other seeds than those of the ceilings.
     """
-    thing, names = model.detector.head, model.recognizer.head
-    thing.weight[0] *= 1.5
-    thing.bias[0] = 1.5 * thing.bias[0] + 0.8
-    names.weight[: LABELS["name"]] *= 2
-    names.bias[: LABELS["name"]] *= 2
+    thing, names, n = model.detector.head, model.recognizer.head, LABELS["name"]
+    power, bias = -1 if back else 1, thing.bias[0]
+    thing.weight[0] *= THING**power
+    thing.bias[0] = (bias - THING_MORE) / THING if back else THING * bias + THING_MORE
+    names.weight[:n] *= NAMES**power
+    names.bias[:n] *= NAMES**power
 
 
 def export(model: JudgeNetworks, path: Path) -> None:

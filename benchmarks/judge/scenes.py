@@ -21,6 +21,7 @@ from snapgen_mlx.models.detector import LABELS, SIDE
 NAMES = LABELS["name"] - 1  # names that are told apart; NAMES itself stands for all others
 MOST = 16  # things in a picture
 BATCH = 64
+WHITE_WEIGHT = 5  # times as often as another colour: on white it differs by a few levels only
 # name, style, colour (-1: the drawing's own), left, top, right, bottom in pixels
 LABEL = np.dtype(
     [("name", "i2"), ("style", "i1"), ("color", "i1"), ("box", "f4", 4), ("there", "?")]
@@ -132,7 +133,9 @@ def _any_thing(world: World, labels: Labels, rng: random.Random, background: str
         styles = world._styles(name)
     style = "3d" if rng.random() < 0.3 and "3d" in styles else rng.choice(sorted(styles))
     colors = [c for c in sorted(COLORS) if c != background]
-    return Thing(name, style, rng.choice(colors) if rng.random() < 0.5 else None)
+    weights = [WHITE_WEIGHT if c == "white" else 1 for c in colors]
+    color = rng.choices(colors, weights)[0] if rng.random() < 0.5 else None
+    return Thing(name, style, color)
 
 
 def _overlap(a, b) -> float:
