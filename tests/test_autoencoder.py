@@ -23,6 +23,7 @@ from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_vae
+from snapgen_mlx.models.autoencoder import StickerAutoencoder, StickerAutoencoderConfig
 from snapgen_mlx.tensors.weights import load_tensors
 
 TINY = dict(
@@ -89,6 +90,33 @@ def test_layout_is_transposed_nothing_else(tmp_path):
     assert tensors["encoder.conv_in.weight"].shape == (8, 3, 3, 64)
     assert tensors["encoder.downsamplers.0.weight"].shape == (12, 32)
     assert load_config(tmp_path / "mlx" / "vae")["_class_name"] == "StickerAutoencoder"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"channels": [96, 192], "encoder_blocks": [1, 2], "decoder_blocks": [2, 3]},  # 8-fold
+        {},  # 16-fold
+        {"channels": [64, 128], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]}
+        | {"plain_stages": 1},
+    ],
+    ids=["8", "16", "one plain stage"],
+)
+def test_prediction_against_the_peak(sizes):
+    config = StickerAutoencoderConfig.from_dict(sizes)
+    model = StickerAutoencoder(config)
+    latents = mx.random.normal((1, 16, 16, config.latent_channels))
+    images = mx.zeros((1, 16 * config.downsampling, 16 * config.downsampling, 4))
+    mx.eval(model.parameters(), latents, images)
+    for run, given, predicted in (
+        (model.decode, latents, config.decoding_bytes(16, 16, 32, 4)),
+        (model.encode, images, config.encoding_bytes(16, 16, 4)),
+    ):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(run(given))
+        assert predicted == pytest.approx(mx.get_peak_memory() - before, rel=0.2)
 
 
 def test_training_resumes_bit_for_bit(pictures, tmp_path):

@@ -175,12 +175,16 @@ class StickerAutoencoderConfig(ConfigMixin):
         return self.patch * 2 ** (len(self.channels) - 1)
 
     def decoding_bytes(self, h: int, w: int, tile: int, size: int) -> int:
-        """Never tiled. Full convolutions unfold their input (on a CPU)."""
-        stages = []
+        """Never tiled. Full convolutions unfold their input (on a CPU), and MLX prepares the last
+        ones before the first of them is done."""
+        unfolded, widest = 9 * self.channels[0] * 4 ** (len(self.channels) - 1), 0
         for stage, channels in enumerate(self.channels[::-1]):
-            plain = len(self.channels) - 1 - stage < self.plain_stages
-            stages.append(4**stage * channels * (12 if plain else 18 + 4 * self.expansion))
-        return 4 * h * w * max(stages)
+            level, values = len(self.channels) - 1 - stage, 4**stage * channels
+            if level < self.plain_stages:
+                unfolded += 18 * self.decoder_blocks[level] * values
+            else:
+                widest = max(widest, (18 + 4 * self.expansion) * values)
+        return 4 * h * w * (unfolded + widest)
 
     def encoding_bytes(self, h: int, w: int, size: int) -> int:
         """At the widest stage, or at the unfolded input."""
