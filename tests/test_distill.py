@@ -663,7 +663,7 @@ def test_a_sound_run_is_let_be(tmp_path, trained):
 
 def test_a_far_too_high_learning_rate_is_caught(tmp_path, trained):
     with pytest.raises(SnapGenError, match=r"pictures saturate: .* lower learning rate"):
-        endangered_run(tmp_path, trained, learning_rate=0.1)
+        endangered_run(tmp_path, trained, learning_rate=1.0)
 
 
 def test_a_flipped_sign_is_caught(tmp_path, trained, monkeypatch):
