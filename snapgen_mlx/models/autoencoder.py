@@ -122,7 +122,7 @@ class SnapGenAutoencoder(nn.Module):
 
         Args:
             latents: (B, h, w, C).
-            tile: not used, because decoding needs little memory.
+            tile: not used, because pictures are small.
 
         Returns:
             Images (B, 8h, 8w, 3) in [-1, 1].
@@ -297,7 +297,7 @@ class StickerAutoencoder(nn.Module):
 
         Args:
             latents: (B, h, w, C).
-            tile: not used, because decoding needs little memory.
+            tile: not used, because pictures are small.
 
         Returns:
             Images (B, H, W, 4) in [-1, 1], premultiplied by alpha.
