@@ -230,8 +230,8 @@ class Bench:
         of = {"variant": ",".join(self.config.variants), "size": self.size, "batch": batch}
         predictor = TrainingMemory.from_model(self.folder)
         predicted = predictor.peak(options, batch)
-        if predicted > usable_memory():
-            return {"what": "training", **of, "skipped": predictor.check(options, batch, True)}
+        if excess := predictor.excess(options, batch):
+            return {"what": "training", **of, "skipped": excess}
         before = mx.get_active_memory()
         trainer = make_trainer(self.folder, options, 0)
         config = trainer.config

@@ -123,9 +123,11 @@ class DiTConfig(ConfigMixin):
 
     @property
     def variants(self) -> list[str]:
-        """Names of the widths, narrowest first."""
+        """Names of the widths, narrowest first: of three, whatever they are, tiny, small, full."""
         if len(self.widths) == 1:
             return [self.variant_name or "full"]
+        if len(self.widths) == len(VARIANT_NAMES):
+            return list(VARIANT_NAMES.values())
         return [VARIANT_NAMES.get(w, f"w{w:g}") for w in self.widths]
 
     def variant_index(self, name: str) -> int:

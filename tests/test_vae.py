@@ -164,3 +164,18 @@ def test_a_convolution_in_strips_is_the_whole_one(monkeypatch, shape):
     monkeypatch.setattr(convolution, "UNFOLDED", 9 * 8 * shape[0] * shape[2] * 4)  # four rows
     assert layer(x).shape == whole.shape
     assert mx.abs(layer(x) - whole).max() <= 1e-6
+
+
+def test_predicted_peak_of_the_middle_block():
+    # Wide and large enough that convolutions run in strips and attention in chunks.
+    config = VAEConfig()
+    decoder = vae_module.Decoder(config)
+    latents = mx.zeros((1, 64, 64, 16))
+    mx.eval(latents, decoder.conv_in.parameters(), decoder.mid_block.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(decoder.mid_block(decoder.conv_in(latents)))
+    peak = mx.get_peak_memory() - before
+    # Tiles so small that the up blocks need less than the middle one.
+    assert config.decoding_bytes(64, 64, 4, 4) == pytest.approx(peak, rel=0.15)

@@ -50,21 +50,19 @@ class HeadNorm(nn.LayerNorm):
 
 
 def rope_table(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device):
-    """cos and sin, each (rows·columns, head_dim / 2) float32: half by row, half by column."""
+    """Turns, (rows·columns, head_dim / 2) complex64: half by row, half by column."""
     quarter = head_dim // 4
     frequencies = theta ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
     rows = torch.arange(grid[0]).repeat_interleave(grid[1])[:, None] * frequencies
     columns = torch.arange(grid[1]).repeat(grid[0])[:, None] * frequencies
     angles = torch.cat([rows, columns], dim=-1).to(device)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2j, 2j + 1) of x (B, N, heads, D) by the table's angles."""
-    cos, sin = (a[:, None] for a in rope)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return pairs.flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (2j, 2j + 1) of x (B, N, heads, D), seen as complex numbers, by the table."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -61,9 +61,9 @@ class Block(nn.Module):
             x = self.skip_proj(torch.cat([x, kept], dim=-1), width).float()
         table = (shared + self.scale_shift_table[index])[:, :, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(1)
-        x = x + gate1 * self.attn(modulate(x, shift1, scale1), rope, grid, width)
+        x = torch.addcmul(x, gate1, self.attn(modulate(x, shift1, scale1), rope, grid, width))
         x = x + self.cross(x, caption, mask, width)
-        return x + gate2 * self.ffn(modulate(x, shift2, scale2), width)
+        return torch.addcmul(x, gate2, self.ffn(modulate(x, shift2, scale2), width))
 
 
 class TimeEmbed(nn.Module):

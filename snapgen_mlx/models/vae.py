@@ -60,8 +60,8 @@ class VAEConfig(ConfigMixin):
 
         These are the middle block on the whole latent, with the attention scores of some rows, and
         then two neighbouring parts of the up blocks on the largest tile. On a CPU the unfolded
-        input of 18 convolutions counts, and is limited. On Metal convolutions do not unfold their
-        input and count half (an estimate).
+        inputs of 16 and of 18 convolutions count, and are limited. On Metal the convolutions of
+        the up blocks do not unfold their input and count half (an estimate).
 
         Args:
             h: rows of the latent.
@@ -83,13 +83,16 @@ class VAEConfig(ConfigMixin):
                 parts.append(area * dim * 42)
                 scale *= 2
         up = max(map(sum, pairwise(parts)))
+        latent = h * w * dims[0]
+        middle = 40 * latent
         if on_metal():
             up /= 2
         elif not on_gpu():
             up = min(up, 5.4 * largest + 18 * UNFOLDED)
-        middle = min((h * w) ** 2, SCORES) + 40 * h * w * dims[0]
+            middle = min(middle, 10 * latent + 16 * UNFOLDED)
+        middle += min((h * w) ** 2, SCORES)
         pixels = 2 * 3 * h * w * scale**2
-        return int(size * (max(middle, up) + h * w * dims[0] + pixels))
+        return int(size * (max(middle, up) + latent + pixels))
 
     def encoding_bytes(self, h: int, w: int, size: int) -> int:
         """Bytes of activations of the encoder.

@@ -207,6 +207,16 @@ class TrainingMemory:
         )
         return sum(a.size for a in params.values())  # never evaluated
 
+    def excess(self, options: AdamOptions, batch: int) -> str | None:
+        """What the training needs and what there is, in words, unless it fits."""
+        need, usable = self.peak(options, batch), usable_memory()
+        if need <= usable:
+            return None
+        return (
+            f"this training needs about {format_bytes(need)} of memory, {format_bytes(usable)} can "
+            "be used here"
+        )
+
     def check(self, options: AdamOptions, batch: int, force: bool = False) -> str | None:
         """Check that the training fits into memory.
 
@@ -221,15 +231,12 @@ class TrainingMemory:
         Raises:
             UsageError: it does not fit; says what would.
         """
-        need, usable = self.peak(options, batch), usable_memory()
-        if need <= usable:
+        excess = self.excess(options, batch)
+        if excess is None:
             return None
-        excess = (
-            f"this training needs about {format_bytes(need)} of memory, {format_bytes(usable)} can "
-            "be used here"
-        )
         if force:
             return f"--force: {excess}; {MAY_HAPPEN}"
+        usable = usable_memory()
         peaks = [(flags, self.peak(o, batch)) for flags, o in self.alternatives(options, batch)]
         offers = [f"{flags} ({format_bytes(peak)})" for flags, peak in peaks if peak <= usable]
         fit = f"what fits: {', '.join(offers[:3])}" if offers else "no setting of this model fits"
