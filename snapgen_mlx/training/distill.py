@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..config import DiTConfig
+from ..device import scalar
 from ..models.dit import DiT
 from .elastic_trainer import ElasticOptions, ElasticTrainer
 from .flow_matching import add_noise
@@ -20,6 +21,8 @@ from .loop import Inputs
 from .teacher import Teacher, pad_text, velocity_and_tokens
 
 PROJECTOR = "projector"
+LARGEST_RATIO = 10.0  # of the flow loss to the teacher's, in ``timestep_aware``
+RIDGE = 1e-4  # of the tokens' mean square, in ``ProjectorFit``
 
 
 def alpha(t: mx.array, shift: float = 1.0) -> mx.array:
@@ -46,7 +49,8 @@ def timestep_aware(flow: mx.array, out: mx.array, t: mx.array, shift: float = 1.
     """S of the losses [paper Eq. 6; after SnapGen].
 
     Where training draws most timesteps it is the flow loss. Elsewhere it is the teacher's loss,
-    scaled to the size of the flow loss.
+    scaled to the size of the flow loss, but at most by 10: where student and teacher hardly differ
+    the scale, and with it the gradient, would have no limit.
 
     Args:
         flow: flow loss (B,).
@@ -58,7 +62,7 @@ def timestep_aware(flow: mx.array, out: mx.array, t: mx.array, shift: float = 1.
         (B,).
     """
     weight = alpha(t, shift)
-    ratio = mx.stop_gradient(flow / mx.maximum(out, 1e-6))
+    ratio = mx.minimum(mx.stop_gradient(flow / mx.maximum(out, 1e-6)), LARGEST_RATIO)
     return weight * flow + (1 - weight) * ratio * out
 
 
@@ -67,11 +71,16 @@ def feature_loss(tokens: mx.array, phi: dict[str, mx.array], target: mx.array) -
 
     Args: tokens (B, h, w, d); phi, the Linear's weight (d', d) and bias; target (B, h', w', d').
     """
-    (h, w), grid = tokens.shape[1:3], target.shape[1:3]
-    if (h, w) != grid:
-        tokens = nn.Upsample((grid[0] / h, grid[1] / w), mode="linear")(tokens)
-    error = tokens @ phi["weight"].T + phi["bias"] - target
+    error = to_grid(tokens, target.shape[1:3]) @ phi["weight"].T + phi["bias"] - target
     return error.square().mean(axis=(1, 2, 3))
+
+
+def to_grid(tokens: mx.array, grid: tuple) -> mx.array:
+    """Tokens (B, h, w, d) resized to ``grid``."""
+    h, w = tokens.shape[1:3]
+    if (h, w) == grid:
+        return tokens
+    return nn.Upsample((grid[0] / h, grid[1] / w), mode="linear")(tokens)
 
 
 def projector(inputs: int, outputs: int, key: mx.array) -> dict[str, mx.array]:
@@ -79,6 +88,34 @@ def projector(inputs: int, outputs: int, key: mx.array) -> dict[str, mx.array]:
     bound = inputs**-0.5
     weight = mx.random.uniform(-bound, bound, (outputs, inputs), key=key)
     return {"weight": weight, "bias": mx.zeros(outputs)}
+
+
+class ProjectorFit:
+    """The phi with the least feature loss, from tokens that are added part by part.
+
+    A random phi would at first pull the student to wherever that phi happens to point.
+    """
+
+    def __init__(self):
+        self.xx, self.xy = mx.array(0.0), mx.array(0.0)
+
+    def add(self, tokens: mx.array, target: mx.array) -> None:
+        """Tokens (B, h, w, d) of the student, and (B, h', w', d') of the teacher."""
+        x = to_grid(tokens, target.shape[1:3]).reshape(-1, tokens.shape[-1])
+        x = mx.concatenate([x, mx.ones((len(x), 1))], axis=1)
+        self.xx = self.xx + x.T @ x
+        self.xy = self.xy + x.T @ target.reshape(-1, target.shape[-1]).astype(mx.float32)
+        mx.eval(self.xx, self.xy)
+
+    def solve(self) -> dict[str, mx.array]:
+        """Weight and bias, of all processes' tokens."""
+        xx, xy = (
+            np.array(mx.distributed.all_sum(a)).astype(np.float64) for a in (self.xx, self.xy)
+        )
+        diagonal = np.full(len(xx), RIDGE * np.trace(xx[:-1, :-1]) / (len(xx) - 1))
+        diagonal[-1] = 0  # the bias is free
+        both = np.linalg.solve(xx + np.diag(diagonal), xy)
+        return {"weight": mx.array(both[:-1].T, mx.float32), "bias": mx.array(both[-1], mx.float32)}
 
 
 def without_projectors(params: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -140,6 +177,20 @@ class KDTrainer(ElasticTrainer):
                 out[i] = inputs[i]._replace(noise=noise)
         return out
 
+    def step(self, x0, text, masks, noise: dict, subnets: list[int]) -> dict[str, mx.array]:
+        if scalar(self.weights.optimizer.step) == 0:
+            x_t, _ = add_noise(x0, noise["eps"], noise["t"])
+            for i in range(len(self.config.widths)):
+                fit, model = ProjectorFit(), self.bind(i, self.weights.params)
+                for part in rows(len(x0), self.options.accumulate):
+                    own = (take_rows(d, part) for d in (text, masks))
+                    _, tokens = velocity_and_tokens(model, x_t[part], noise["t"][part], *own)
+                    fit.add(tokens, noise["f_teacher"][part])
+                phi = {f"{PROJECTOR}.{i}.{name}": a for name, a in fit.solve().items()}
+                self.weights.begin_with(phi)
+            self.release()
+        return super().step(x0, text, masks, noise, subnets)
+
     def objective(self, index, own, batch, target, guide):
         v, tokens = velocity_and_tokens(self._bind(index, own), *batch)
         flow = (v - target).square().mean(axis=(1, 2, 3))
@@ -155,6 +206,16 @@ class KDTrainer(ElasticTrainer):
 
     def identity(self) -> dict:
         return super().identity() | {"teacher": self.teacher.fingerprint}
+
+
+def rows(count: int, parts: int) -> list[slice]:
+    """The rows of each of so many equal parts of a batch."""
+    n = count // parts
+    return [slice(i, i + n) for i in range(0, count, n)]
+
+
+def take_rows(arrays: dict[str, mx.array], cut: slice) -> dict[str, mx.array]:
+    return {k: a[cut] for k, a in arrays.items()}
 
 
 def join_texts(parts: list[dict[str, mx.array]]) -> dict[str, mx.array]:

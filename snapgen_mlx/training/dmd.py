@@ -1,11 +1,13 @@
 """Distribution matching (DMD) [paper Eq. 9]."""
 
 import mlx.core as mx
+import numpy as np
 
 from ..sampling import FEW_STEPS
 
 SHIFT = FEW_STEPS["shift"]
 TAU_RANGE = (0.02, 0.98)
+BINS = 4  # ranges of tau for which the critic's loss is reported
 
 
 def sample_taus(key: mx.array, batch: int) -> mx.array:
@@ -33,3 +35,12 @@ def dmd_loss(x0: mx.array, c0: mx.array, r0: mx.array) -> tuple[mx.array, mx.arr
     w = 1 / (per_sample(mx.abs(mx.stop_gradient(x0) - r0)) + 1e-6)
     target = mx.stop_gradient(x0 - w[:, None, None, None] * (c0 - r0))
     return 0.5 * (x0 - target).square().mean(), w
+
+
+def by_tau(losses: mx.array, tau: mx.array) -> dict[str, mx.array]:
+    """The critic's mean loss, and that of each bin of tau which has a sample; both (B,)."""
+    metrics, bins = {"loss/critic": losses.mean()}, np.array(tau * BINS).astype(int)
+    for i in np.unique(bins).tolist():
+        rows = mx.array(np.flatnonzero(bins == i))
+        metrics[f"critic/tau {i / BINS:g}"] = losses[rows].mean()
+    return metrics

@@ -9,14 +9,22 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..device import scalar, training_dtype
 from ..models.dit import DiT
 from ..sampling import FEW_STEPS, schedule
-from .distill import PROJECTOR, feature_loss, projector, projector_of, without_projectors
-from .dmd import SHIFT, dmd_loss, per_sample, sample_taus
+from .distill import (
+    PROJECTOR,
+    ProjectorFit,
+    feature_loss,
+    projector,
+    projector_of,
+    rows,
+    take_rows,
+    without_projectors,
+)
+from .dmd import SHIFT, by_tau, dmd_loss, per_sample, sample_taus
 from .flow_matching import add_noise
 from .loop import Inputs
 from .lora_training import lora_params
@@ -24,7 +32,6 @@ from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
 from .teacher import Teacher, velocity_and_tokens
 
 SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
-BINS = 4  # ranges of tau for which the critic's loss is reported
 
 
 @dataclass
@@ -33,7 +40,7 @@ class KDMDOptions(AdamOptions):
     warmup: int = 20
     final_rate: float = 1.0
     ema: float = 0.99
-    average_from: int = 200  # step at which the student's running mean begins
+    average_from: int = 200  # step at which the student's running mean begins, half at the latest
     lora: int = 64  # rank of the LoRAs
     loss: str = "kdmd"  # "kdmd", "dmd", or "kd": only the 4-step or guided teacher
     critic_steps: int = 5  # critic steps for each student step
@@ -92,7 +99,7 @@ class KDMDTrainer:
         turns = o.turns
         own = replace(o, steps=o.steps // turns, warmup=o.warmup // turns)
         self.turns = turns
-        self.student = LoRAWeights(params, own, o.average_from // turns)
+        self.student = LoRAWeights(params, own, min(o.average_from, o.steps // 2) // turns)
         self.critic = None
         if o.loss != "kd":
             self.critic = LoRAWeights(lora_params(model.config, o.lora, seed), replace(o, ema=0))
@@ -186,13 +193,14 @@ class KDMDTrainer:
         """
         turn = (scalar(self.steps) + 1) % self.turns == 0
         parts = self.options.accumulate
-        n = len(x0) // parts
-        rows = [(i, i + n) for i in range(0, len(x0), n)]
+        cuts = rows(len(x0), parts)
+        if self.options.loss != "dmd" and scalar(self.steps) == 0:
+            self._fit_projector(x0, text, masks, noise)
         # The teacher is asked about the whole batch: an offloaded one reads its weights each time.
         drawn = []
-        for row in rows:
-            own = (take_rows(d, *row) for d in (text, masks, noise))
-            drawn.append(self._drawn(x0[slice(*row)], *own, k=k))
+        for cut in cuts:
+            own = (take_rows(d, cut) for d in (text, masks, noise))
+            drawn.append(self._drawn(x0[cut], *own, k=k))
             mx.eval(drawn[-1])
         made = {name: mx.concatenate([d[name] for d in drawn]) for name in drawn[0]}
         guide = self._ask(made, text, masks, noise, k) if turn else {}
@@ -200,8 +208,8 @@ class KDMDTrainer:
         of_student: dict[str, mx.array] = {}  # gradients
         of_critic: dict[str, mx.array] = {}
         losses: list[mx.array] = []
-        for row in rows:
-            part = (take_rows(d, *row) for d in (made, guide, text, masks, noise))
+        for cut in cuts:
+            part = (take_rows(d, cut) for d in (made, guide, text, masks, noise))
             student, critic = self._pass(*part, k=k)
             if student:
                 metrics = add_arrays(metrics, student[0]) if metrics else student[0]
@@ -223,6 +231,20 @@ class KDMDTrainer:
         self.steps = self.steps + 1
         mx.eval(self.state(), metrics)
         return metrics
+
+    def _fit_projector(self, x0, text, masks, noise) -> None:
+        """Begin with the phi that fits best where the undistilled student's four steps lead."""
+        fit, few = ProjectorFit(), self.teacher.is_few_step
+        for k, sigma in enumerate(SIGMAS[:-1]):
+            for cut in rows(len(x0), self.options.accumulate):
+                own = [take_rows(d, cut) for d in (text, masks)]
+                x = self._drawn(x0[cut], *own, take_rows(noise, cut), k=k)["x"]
+                t = mx.full(len(x), sigma)
+                mx.eval(x)
+                _, theirs = self.teacher.outputs(x, t, *own, 1.0, few)
+                _, tokens = velocity_and_tokens(self.bind(self.student.params), x, t, *own)
+                fit.add(tokens, theirs)
+        self.student.begin_with({f"{PROJECTOR}.0.{name}": a for name, a in fit.solve().items()})
 
     def _drawn(self, x0, text, masks, noise, *, k: int) -> dict[str, mx.array]:
         """x, where k of the student's four steps have led, and y, what it makes of it."""
@@ -320,16 +342,3 @@ class KDMDTrainer:
         self.student.restore(groups["student"])
         if self.critic:
             self.critic.restore(groups["critic"])
-
-
-def take_rows(arrays: dict[str, mx.array], start: int, stop: int) -> dict[str, mx.array]:
-    return {k: a[start:stop] for k, a in arrays.items()}
-
-
-def by_tau(losses: mx.array, tau: mx.array) -> dict[str, mx.array]:
-    """The critic's mean loss, and that of each bin of tau which has a sample; both (B,)."""
-    metrics, bins = {"loss/critic": losses.mean()}, np.array(tau * BINS).astype(int)
-    for i in np.unique(bins).tolist():
-        rows = mx.array(np.flatnonzero(bins == i))
-        metrics[f"critic/tau {i / BINS:g}"] = losses[rows].mean()
-    return metrics

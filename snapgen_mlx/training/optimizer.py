@@ -102,6 +102,12 @@ class Averaged:
         """The running mean of the parameters, or themselves where none is kept."""
         return self._mean or self.params
 
+    def begin_with(self, params: dict[str, mx.array]) -> None:
+        """Replace some of the parameters; before the first update."""
+        self.params |= params
+        if self._mean:
+            self._mean |= params
+
     def decay(self, step: mx.array) -> mx.array:
         """Of the running mean after this step."""
         # Young averages forget faster, or the random start would weigh on them for long.
