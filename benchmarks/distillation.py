@@ -1,82 +1,154 @@
-"""K-DMD against DMD alone and knowledge distillation alone, at every width, untuned.
+"""K-DMD against DMD alone and knowledge distillation alone, by distance to the guided teacher.
 
-    python -m benchmarks.distillation DATA OUT -m MODEL --few-step-lora FILE [--seeds 2]
+    python -m benchmarks.distillation PROMPTS OUT -m MODEL [--seeds 5]
 
-DATA is the folder that ``recipes.embedded.data`` writes; FILE makes the full width of MODEL a
-4-step teacher (docs/distillation.md). Each loss distils each width into four steps once per seed,
-with the same learning rate, rank, batches and number of the student's updates; DMD and K-DMD also
-train a critic. The runs lie in OUT/LOSS-WIDTH-SEED; the same command goes on where it was
-interrupted. Printed, and written to OUT/results.json: the figures of ``benchmarks.few_steps``, mean
-and standard deviation over seeds; a run that its monitors ended counts as failed.
+First the full width of MODEL is distilled by DMD alone; its LoRA is the 4-step teacher of the rest.
+Then each loss distils each width into four steps, once per seed, with the same learning rate, rank,
+batches and number of the student's updates; "dmd, time" has as many as fit into the time that
+K-DMD took. PROMPTS, one in a line, are what all of them learn from. They are scored on other
+prompts, the judge's. The runs lie in OUT/LOSS-WIDTH-SEED; the same command goes on where it was
+interrupted. Printed, and written to OUT/results.json, mean and standard deviation over seeds:
+
+- Fréchet and energy distance of the latents to the guided teacher's of the same prompts from other
+  noise. The floor is the guided teacher from the noise that the students have.
+- error: squared distance to the guided teacher's picture of the same noise, where two of its
+  pictures of a prompt have 1.
+- judge: the judge's overall score. The ceiling is the guided teacher's.
+
+A run that its monitors ended counts as failed.
 """
 
 import argparse
-import json
 import os
 import platform
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.errors import SnapGenError
-from snapgen_mlx.files import write_json
+from snapgen_mlx.evaluation import draw_latents
+from snapgen_mlx.files import read_json, write_json
 from snapgen_mlx.hub import resolve_model
+from snapgen_mlx.judge import Judge, protocol
+from snapgen_mlx.loading import load_transformer_config
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.sampling import FEW_STEPS
+from snapgen_mlx.scoring import summary
 from snapgen_mlx.training.few_steps import distill_few_steps
 from snapgen_mlx.training.kdmd import KDMDOptions
 from snapgen_mlx.training.loop import RunOptions
 from snapgen_mlx.training.output import LORA
-from snapgen_mlx.training.pictures import read_folder
 from snapgen_mlx.training.teacher import load_teacher
 
-from .few_steps import Evaluation
+from .few_steps import Frechet
 
-LOSSES = ("kdmd", "dmd", "kd")
-FIGURES = {"top1": "nearest, %", "top5": "in five, %", "frechet": "Fréchet"}
+EQUAL_TIME = "dmd, time"
+LOSSES = ("kd", "dmd", "kdmd", EQUAL_TIME)  # the last one needs the times of those before it
+FIGURES = {"frechet": "Fréchet", "energy": "energy", "error": "error", "judge": "judge"}
 
 
-def run(model, teacher, examples, output: Path, variant: str, options, kdmd: KDMDOptions) -> dict:
+def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """|x_i - y_j| of rows, as a part of the root of their length."""
+    squares = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
+    return np.sqrt(squares.clip(0) / x.shape[1])
+
+
+def energy(x: np.ndarray, y: np.ndarray) -> float:
+    """Energy distance of two samples (N, D), without the distance of a row to itself."""
+    within = [distances(a, a).sum() / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return float(2 * distances(x, y).mean() - sum(within))
+
+
+class Against:
+    """Measures pictures against those that the guided full width draws of the same prompts."""
+
+    def __init__(self, model: Path, widest: str, count: int):
+        self.model, self.judge, self.prompts = model, Judge.load(), protocol()[:count]
+        pipe = Pipeline.load(model, widest, base=True)
+        self.own, self.other = (self._draw(pipe, first, {}) for first in (0, count))
+        self.frechet = Frechet(self.other)
+        self.apart = ((self.own - self.other) ** 2).mean()
+        self.floor = self.figures(pipe, self.own) | {"error": None}
+
+    def _draw(self, pipe: Pipeline, first: int, given: dict) -> np.ndarray:
+        jobs = [pipe.settings(p.text, seed=first + i, **given) for i, p in enumerate(self.prompts)]
+        pipe.prepare(jobs)
+        self.grid = pipe.latent_size(jobs[0])
+        return draw_latents(pipe, jobs)
+
+    def figures(self, pipe: Pipeline, latents: np.ndarray) -> dict[str, float]:
+        """Of latents (N, D), drawn from the seeds 0 to N - 1."""
+        grid = mx.array(latents.reshape(len(latents), 1, *self.grid, -1))
+        looks = self.judge.look([pipe.decode(z) for z in grid])
+        return {
+            "frechet": self.frechet(latents),
+            "energy": energy(latents, self.other),
+            "error": float(((latents - self.own) ** 2).mean() / self.apart),
+            "judge": summary(self.prompts, looks)["all"]["overall"],
+        }
+
+    def student(self, variant: str, lora: Path) -> dict[str, float]:
+        pipe = Pipeline.load(self.model, variant, base=True, loras=[(lora, 1.0)])
+        return self.figures(pipe, self._draw(pipe, 0, dict(FEW_STEPS)))
+
+
+def distil(model, teacher, prompts, output: Path, variant: str, seed: int, o, kdmd) -> dict:
     """Distil a width, and say how long it took or why it failed."""
+    options = RunOptions(o.batch, text_dropout=0.0, seed=seed)
+    options.validate_every = 100
     started = time.perf_counter()
     try:
-        for record in distill_few_steps(model, variant, teacher, examples, output, options, kdmd):
+        for record in distill_few_steps(model, variant, teacher, prompts, output, options, kdmd):
             if "step" in record:
-                print(output.name, f"step {record['step']}", flush=True)
+                shown = {k: round(v, 3) for k, v in record.items() if k.startswith("val/")}
+                print(output.name, f"step {record['step']}", shown or "", flush=True)
     except SnapGenError as e:
         return {"failed": str(e)}
     return {"seconds of training": time.perf_counter() - started}
 
 
-def table(results: dict[str, dict]) -> list[str]:
+def plan(loss: str, updates: int, o) -> KDMDOptions:
+    """Options of a run with so many updates of the student."""
+    kdmd = KDMDOptions(o.learning_rate, loss=loss.partition(",")[0], lora=o.rank)
+    kdmd.critic_steps = o.critic_steps
+    kdmd.steps = updates * kdmd.turns
+    kdmd.average_from = kdmd.steps // 2
+    kdmd.warmup = min(kdmd.warmup, updates // 2) * kdmd.turns
+    return kdmd
+
+
+def table(floor: dict, results: dict[str, dict]) -> list[str]:
     """A row per loss and width, mean ± standard deviation over the seeds that did not fail."""
-    lines = [f"| | {' | '.join(FIGURES.values())} | failed |", "|---" * (len(FIGURES) + 2) + "|"]
-    groups = {}
+    lines = [f"| | {' | '.join(FIGURES.values())} | s | failed |"]
+    lines.append("|---" * (len(FIGURES) + 3) + "|")
+    cells = [f"{floor[k]:.3g}" if floor[k] is not None else "" for k in FIGURES]
+    lines.append(f"| guided teacher | {' | '.join(cells)} | | |")
+    groups: dict[str, list] = {}
     for name, result in results.items():
         groups.setdefault(name.rpartition("-")[0], []).append(result)
     for name, found in groups.items():
         sound = [r for r in found if "failed" not in r]
         cells = []
-        for figure in FIGURES:
-            values = np.array([r[figure] for r in sound]) * (100 if figure != "frechet" else 1)
-            cells.append(f"{values.mean():.1f} ± {values.std():.1f}" if sound else "")
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {len(found) - len(sound)} of {len(found)} |"
-        )
+        for figure in (*FIGURES, "seconds of training"):
+            values = np.array([r[figure] for r in sound])
+            cells.append(f"{values.mean():.3g} ± {values.std():.2g}" if sound else "")
+        failed = len(found) - len(sound)
+        lines.append(f"| {name} | {' | '.join(cells)} | {failed} of {len(found)} |")
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("prompts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("-m", "--model")
-    parser.add_argument("--few-step-lora", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", default=["tiny", "small", "full"])
-    parser.add_argument("--steps", type=int, default=300, help="of the critic")
-    parser.add_argument("--critic-steps", type=int, default=2, help="to one of the student")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--teacher-updates", type=int, default=400, help="of the 4-step teacher")
+    parser.add_argument("--updates", type=int, default=150, help="of each student")
+    parser.add_argument("--critic-steps", type=int, default=5, help="to one of the student")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -84,34 +156,46 @@ def main():
     args = parser.parse_args()
 
     model = resolve_model(args.model)
-    teacher = load_teacher(model, model, args.few_step_lora)
-    evaluation = Evaluation(args.data, model, args.count)
-    examples = read_folder(args.data / "train")
-    results = {}
+    prompts = [line for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+    widest = load_transformer_config(model).variants[-1]
+    against = Against(model, widest, args.count)
+    few = args.out / "teacher" / LORA
+    if not few.exists():
+        kdmd = plan("dmd", args.teacher_updates, args)
+        guided = load_teacher(model, model)
+        made = distil(model, guided, prompts, few.parent, widest, 0, args, kdmd)
+        if "failed" in made:
+            raise SystemExit(f"the 4-step teacher: {made['failed']}")
+        write_json(few.with_name("result.json"), made)
+    about = few.with_name("result.json")
+    write_json(about, read_json(about) | against.student(widest, few))
+    results = {f"teacher-{widest}-0": read_json(about)}
+    teacher = load_teacher(model, model, few)
     for variant in args.variants:
-        for loss in LOSSES:
-            kdmd = KDMDOptions(args.learning_rate, steps=args.steps, loss=loss, lora=args.rank)
-            kdmd.critic_steps = args.critic_steps
-            if loss == "kd":  # which updates the student at every step
-                for name in ("steps", "warmup", "average_from"):
-                    setattr(kdmd, name, getattr(kdmd, name) // kdmd.critic_steps)
-            for seed in range(args.seeds):
-                name = f"{loss}-{variant}-{seed}"
+        for seed in range(args.seeds):
+            for loss in LOSSES:
+                name = f"{loss}-{variant}-{seed}".replace(", ", "-")
                 done = args.out / name / "result.json"
                 if not done.exists():
-                    options = RunOptions(args.batch, text_dropout=0.0, seed=seed)
-                    options.validate_every = 100
-                    result = run(model, teacher, examples, args.out / name, variant, options, kdmd)
+                    updates = args.updates
+                    if loss == EQUAL_TIME:
+                        took = [
+                            results[f"{other}-{variant}-{seed}"].get("seconds of training", 1.0)
+                            for other in ("kdmd", "dmd")
+                        ]
+                        updates = max(round(updates * took[0] / took[1]), updates)
+                    run = args.out / name
+                    kdmd = plan(loss, updates, args)
+                    result = distil(model, teacher, prompts, run, variant, seed, args, kdmd)
                     if "failed" not in result:
-                        loras = [(args.out / name / LORA, 1.0)]
-                        pipe = Pipeline.load(model, variant, base=True, loras=loras)
-                        result |= evaluation(pipe, **FEW_STEPS)[0]
+                        result |= {"updates": updates} | against.student(variant, run / LORA)
                     write_json(done, result)
-                results[name] = json.loads(done.read_text())
-    print("\n".join(table(results)))
+                results[name] = read_json(done)
+    print("\n".join(table(against.floor, results)))
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     of = {k: str(v) for k, v in vars(args).items()}
-    write_json(args.out / "results.json", {"machine": machine, **of, "results": results})
+    head = {"machine": machine, **of, "floor": against.floor}
+    write_json(args.out / "results.json", head | {"results": results})
 
 
 if __name__ == "__main__":
