@@ -156,7 +156,9 @@ def main():
     args = parser.parse_args()
 
     model = resolve_model(args.model)
+    scored = {prompt.text for prompt in protocol()}
     prompts = [line for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
+    prompts = [line for line in prompts if line not in scored]
     widest = load_transformer_config(model).variants[-1]
     against = Against(model, widest, args.count)
     few = args.out / "teacher" / LORA
