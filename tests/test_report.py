@@ -142,6 +142,13 @@ def test_grid(side):
         assert label.min() < 100 and (label[0] == 255).all() and (label[:, 0] == 255).all()
 
 
+def test_transparent_pictures_stand_on_white():
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    cell = np.asarray(picture_grid({"a": [clear]}, ["x"]))[-64:, -64:]
+    assert (cell[:8] == 255).all() and (cell[24:40, 24:40] == [255, 0, 0]).all()
+
+
 def curves(path) -> set[tuple]:
     """The saturated colours of a picture, in steps of 32: one a curve."""
     with Image.open(path) as image:

@@ -104,7 +104,8 @@ class Report:
 
 
 def picture_grid(rows: dict[str, list[Image.Image]], columns: list[str]) -> Image.Image:
-    """Rows of pictures of one size with their labels; the columns' are cut at three lines."""
+    """Rows of pictures of one size, on white, with their labels; the columns' are cut at three
+    lines."""
     w, h = (min(CELL, side) for side in next(iter(rows.values()))[0].size)
     lines = [textwrap.wrap(text, max(8, w // (FONT // 2)))[:3] for text in columns]
     top = (FONT + 4) * max(map(len, lines)) + 4
@@ -116,9 +117,9 @@ def picture_grid(rows: dict[str, list[Image.Image]], columns: list[str]) -> Imag
     for y, (label, pictures) in enumerate(rows.items()):
         draw.text((4, top + y * h + h // 2), label, "black", font_size=FONT, anchor="lm")
         for x, picture in enumerate(pictures):
-            grid.paste(
-                picture.resize((w, h), Image.Resampling.LANCZOS), (left + x * w, top + y * h)
-            )
+            small = picture.resize((w, h), Image.Resampling.LANCZOS)
+            mask = small if small.has_transparency_data else None
+            grid.paste(small, (left + x * w, top + y * h), mask)
     return grid
 
 
