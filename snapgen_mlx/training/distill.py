@@ -183,8 +183,8 @@ class KDTrainer(ElasticTrainer):
             for i in range(len(self.config.widths)):
                 fit, model = ProjectorFit(), self.bind(i, self.weights.params)
                 for part in rows(len(x0), self.options.accumulate):
-                    own = (take_rows(d, part) for d in (text, masks))
-                    _, tokens = velocity_and_tokens(model, x_t[part], noise["t"][part], *own)
+                    own, seen = (take_rows(d, part) for d in (text, masks))
+                    _, tokens = velocity_and_tokens(model, x_t[part], noise["t"][part], own, seen)
                     fit.add(tokens, noise["f_teacher"][part])
                 phi = {f"{PROJECTOR}.{i}.{name}": a for name, a in fit.solve().items()}
                 self.weights.begin_with(phi)

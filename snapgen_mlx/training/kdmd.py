@@ -237,12 +237,12 @@ class KDMDTrainer:
         fit, few = ProjectorFit(), self.teacher.is_few_step
         for k, sigma in enumerate(SIGMAS[:-1]):
             for cut in rows(len(x0), self.options.accumulate):
-                own = [take_rows(d, cut) for d in (text, masks)]
-                x = self._drawn(x0[cut], *own, take_rows(noise, cut), k=k)["x"]
+                own, seen = (take_rows(d, cut) for d in (text, masks))
+                x = self._drawn(x0[cut], own, seen, take_rows(noise, cut), k=k)["x"]
                 t = mx.full(len(x), sigma)
                 mx.eval(x)
-                _, theirs = self.teacher.outputs(x, t, *own, 1.0, few)
-                _, tokens = velocity_and_tokens(self.bind(self.student.params), x, t, *own)
+                _, theirs = self.teacher.outputs(x, t, own, seen, 1.0, few)
+                _, tokens = velocity_and_tokens(self.bind(self.student.params), x, t, own, seen)
                 fit.add(tokens, theirs)
         self.student.begin_with({f"{PROJECTOR}.0.{name}": a for name, a in fit.solve().items()})
 
