@@ -26,6 +26,8 @@ from snapgen_mlx.loading import load_vae
 from snapgen_mlx.models.autoencoder import StickerAutoencoder, StickerAutoencoderConfig
 from snapgen_mlx.tensors.weights import load_tensors
 
+from .settled import active_memory
+
 TINY = dict(
     latent_channels=6,
     channels=(8, 12, 16),
@@ -113,7 +115,7 @@ def test_prediction_against_the_peak(sizes):
         (model.encode, images, config.encoding_bytes(16, 16, 4)),
     ):
         mx.clear_cache()
-        before = mx.get_active_memory()
+        before = active_memory()
         mx.reset_peak_memory()
         mx.eval(run(given))
         assert predicted == pytest.approx(mx.get_peak_memory() - before, rel=0.2)

@@ -14,6 +14,7 @@ from snapgen_mlx.models.elastic import slice_params
 
 from .reference.torch_dit import SnapGenPPTransformer2DModel, slice_state_dict
 from .reference.weights import inputs_to_mlx, random_inputs, random_state_dict, to_mlx
+from .settled import active_memory
 
 SUPERNET = {
     "in_channels": 4,
@@ -238,7 +239,7 @@ def test_gradients(change):
 
 def count_mlx(config: dict) -> int:
     """Parameters of the MLX model; its arrays are lazy and stay unevaluated."""
-    before = mx.get_active_memory()
+    before = active_memory()
     count = sum(a.size for _, a in tree_flatten(DiT(DiTConfig.from_dict(config)).parameters()))
     assert mx.get_active_memory() - before < 1e6
     return count

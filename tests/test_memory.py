@@ -28,6 +28,7 @@ from snapgen_mlx.tensors.weights import flat_parameters, save_tensors
 from snapgen_mlx.text_loading import load_text_encoders
 
 from . import checkpoints
+from .settled import active_memory
 from .tiny import write_tiny_model
 
 TOLERANCE = 0.25
@@ -74,7 +75,7 @@ def limit(monkeypatch):
 def measured(pipe, settings) -> dict[str, int]:
     """Peak of each phase, as if a picture had been made before, beyond what was there already."""
     mx.clear_cache()
-    base, peaks = mx.get_active_memory(), {}
+    base, peaks = active_memory(), {}
     pipe.decode(mx.zeros((1, 8, 8, pipe.dit_config.in_channels)))
     mx.reset_peak_memory()
     for step in pipe.stream(settings):  # noqa: B007
@@ -124,7 +125,7 @@ def test_low_ram_needs_what_is_predicted_and_paints_the_same(large):
 
 def test_nothing_is_read_before_the_choice(large):
     mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     pipe = Pipeline.load(large)
     pipe.memory.check("tiny", Request(256, 256))
@@ -385,7 +386,7 @@ def test_editing_needs_what_is_predicted(request, folder, width, height):
             mx.eval(weight)
         pipe.decode(mx.zeros((1, 8, 8, pipe.dit_config.in_channels)))
         mx.clear_cache()
-        base = mx.get_active_memory()
+        base = active_memory()
         held = predicted.read - pipe.memory.encoder  # what was read before counts too
         held -= pipe.memory.vae.encoding_bytes(height // 8, width // 8, pipe.dtype.size)
         mx.reset_peak_memory()

@@ -47,6 +47,7 @@ from snapgen_mlx.tensors.palette import BITS
 from snapgen_mlx.tensors.safetensors_io import read_header
 from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 
+from .settled import active_memory
 from .tiny import write_tiny_model
 
 VARIANTS = ["tiny", "small", "full"]
@@ -412,7 +413,7 @@ def test_a_palettes_memory_is_predicted(quantized, variant):
     pipe.prepare([given])
     mx.eval(pipe.vae.parameters())
     mx.clear_cache()
-    base = mx.get_active_memory()
+    base = active_memory()
     mx.reset_peak_memory()
     for _ in pipe.stream(given):
         pass

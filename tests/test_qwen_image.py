@@ -13,6 +13,8 @@ from snapgen_mlx.models import qwen_image
 from snapgen_mlx.models.qwen_image import QwenImage
 from snapgen_mlx.tensors.weights import assign
 
+from .settled import active_memory
+
 TINY = dict(
     patch_size=2,
     in_channels=16,
@@ -156,7 +158,7 @@ def test_read_once_holds_a_group_of_blocks_at_most(tmp_path, monkeypatch):
         assign(model, mx.load(str(tmp_path / "model.safetensors")), "transformer")
         mx.synchronize()
         mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = active_memory()
         results.append(model(x, t, {"qwen": states}))
         mx.eval(results)
         peaks.append(mx.get_peak_memory() - before)

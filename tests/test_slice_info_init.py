@@ -25,6 +25,7 @@ from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.vae import VAEConfig
 from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 
+from .settled import active_memory
 from .tiny import write_tiny_model
 
 VARIANTS = ["tiny", "small", "full"]
@@ -196,7 +197,7 @@ def test_info_counts_bits_of_packed_models(packed_model):
 
 def test_info_reads_no_weights(model):
     mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     assert run("info", model).exit_code == 0
     assert mx.get_peak_memory() - before < 10_000
@@ -263,7 +264,7 @@ def test_init_in_both_formats_is_the_same_model(tmp_path, small_geometry):
 
 def test_init_holds_one_tensor_at_a_time(tmp_path, small_geometry):
     mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     size = init(tmp_path / "a", "full", 0)["bytes"]
     assert mx.get_peak_memory() - before < 0.3 * size

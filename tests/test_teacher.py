@@ -30,6 +30,7 @@ from snapgen_mlx.training.tiny_decoder_training import (
 )
 
 from .qwen_hub import save_lightning, save_qwen
+from .settled import active_memory
 from .tiny import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -106,7 +107,7 @@ def test_offloading_changes_nothing(material, question):
     held, offloaded = asked_teacher(material), asked_teacher(material, offload=True)
     for guidance, few in ((1.0, False), (4.0, False), (1.0, True)):
         mx.clear_cache()
-        before = mx.get_active_memory()
+        before = active_memory()
         theirs = offloaded.outputs(*question, guidance, few)
         assert mx.get_active_memory() - before < offloaded.memory.streamed / 2
         ours = held.outputs(*question, guidance, few)
@@ -129,7 +130,7 @@ def test_memory_of_an_offloaded_teacher(tmp_path):
     masks = {"qwen": mx.ones((1, 16), mx.bool_)}
     mx.eval(x_t, text, masks)
     mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     teacher.outputs(x_t, t, text, masks)
     peak = mx.get_peak_memory() - before

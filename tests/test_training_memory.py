@@ -21,6 +21,7 @@ from snapgen_mlx.training.lora_training import attach_lora, lora_params
 from snapgen_mlx.training.teacher import ModelTeacher
 from snapgen_mlx.training.training_memory import TrainingMemory
 
+from .settled import active_memory
 from .tiny import tiny_config, write_tiny_model
 from .toy import toy_config, toy_params
 
@@ -57,7 +58,7 @@ def test_prediction_against_the_peak(options):
     trainer.step(*batch, [1])
     gc.collect()
     mx.clear_cache()
-    before = mx.get_active_memory() - sum(a.nbytes for a in trainer.state().values()) - frozen
+    before = active_memory() - sum(a.nbytes for a in trainer.state().values()) - frozen
     mx.reset_peak_memory()
     trainer.step(*batch, [1])
     predicted = TrainingMemory(config, (16, 16), TOKENS, frozen).peak(options, 8)
@@ -93,7 +94,7 @@ def test_distilling_a_narrow_width_with_a_wide_teacher(options):
     gc.collect()
     mx.clear_cache()
     held = sum(a.nbytes for a in trainer.state().values()) + frozen + teacher.memory.weights
-    before = mx.get_active_memory() - held
+    before = active_memory() - held
     mx.reset_peak_memory()
     trainer.step(*batch)
     memory = TrainingMemory(trainer.model.config, (8, 8), TOKENS, frozen, teacher=teacher.memory)

@@ -13,6 +13,8 @@ from snapgen_mlx.models import vae as vae_module
 from snapgen_mlx.models.vae import AutoencoderKLQwenImage, VAEConfig
 from snapgen_mlx.tensors.weights import assign
 
+from .settled import active_memory
+
 TINY = dict(
     base_dim=8,
     z_dim=4,
@@ -141,7 +143,7 @@ def test_tiles_need_less_memory(tiny):
     for tile in (None, 8):
         mx.synchronize()
         mx.reset_peak_memory()
-        before = mx.get_active_memory()
+        before = active_memory()
         mx.eval(ours.decode(z, tile=tile))
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.5 * peaks[0]
@@ -173,7 +175,7 @@ def test_predicted_peak_of_the_middle_block():
     latents = mx.zeros((1, 64, 64, 16))
     mx.eval(latents, decoder.conv_in.parameters(), decoder.mid_block.parameters())
     mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     mx.eval(decoder.mid_block(decoder.conv_in(latents)))
     peak = mx.get_peak_memory() - before
