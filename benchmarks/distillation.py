@@ -181,11 +181,10 @@ def main():
                 if not done.exists():
                     updates = args.updates
                     if loss == EQUAL_TIME:
-                        took = [
-                            results[f"{other}-{variant}-{seed}"].get("seconds of training", 1.0)
-                            for other in ("kdmd", "dmd")
-                        ]
-                        updates = max(round(updates * took[0] / took[1]), updates)
+                        pair = [results[f"{other}-{variant}-{seed}"] for other in ("kdmd", "dmd")]
+                        took = [r["seconds of training"] for r in pair if "failed" not in r]
+                        if len(took) == 2:
+                            updates = max(round(updates * took[0] / took[1]), updates)
                     run = args.out / name
                     kdmd = plan(loss, updates, args)
                     result = distil(model, teacher, prompts, run, variant, seed, args, kdmd)
