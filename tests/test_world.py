@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from recipes.embedded import scenes, things
+from recipes.embedded import layout, scenes, things
 from recipes.embedded.colors import COLORS, from_oklab, recolor, to_oklab
-from recipes.embedded.scenes import KINDS, World
+from recipes.embedded.scenes import KINDS, STICKERS, VARIED, World
 from recipes.embedded.sprites import STYLES, Concept, Sprites, framed
 from recipes.embedded.things import THINGS, held_out
 from snapgen_mlx.errors import SnapGenError
 
 
-@pytest.fixture(scope="module")
-def world():
+@pytest.fixture(scope="module", params=[STICKERS, VARIED], ids=["tidy", "loose"])
+def world(request):
     """A world of plain discs, as large as sprites are, in the colour of their style."""
     pixels, concepts = [], []
     labels = [*THINGS.values(), "winking face", "volcano"]
@@ -27,7 +27,7 @@ def world():
             styles[style] = len(pixels)
             pixels.append(np.asarray(image))
         concepts.append(Concept("1", label, "x", [f"the {label}"], [], styles))
-    return World(Sprites(np.stack(pixels), concepts))
+    return World(Sprites(np.stack(pixels), concepts), request.param)
 
 
 def draw(world, seed, **given):
@@ -56,6 +56,17 @@ def test_boxes_hold_what_is_seen(world, kind):
             assert not seen[y0:y1, x0:x1].any(), "things overlap"
             seen[y0:y1, x0:x1] = True
         assert not (scene.image[..., 3] > 24)[~seen].any()
+
+
+def test_tidy_things_meet_the_patches_in_one_way():
+    rng, met = random.Random(0), set()
+    for n, relation in [(1, None), (2, "left of"), (2, "above"), (3, None), (4, None)]:
+        for x, y, side in layout.tidy(rng, n, relation, None):
+            met.add(((x + side / 2) % 32, (y + side / 2) % 32))
+            assert side == (layout.LARGE if n == 1 else layout.SMALL)
+    assert met == {(0, 0)}
+    ((x, y, side),) = layout.tidy(rng, 1, None, "small")
+    assert (x, y, side) == (72, 72, layout.SMALL)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

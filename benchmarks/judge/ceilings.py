@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from recipes.command import command
 from recipes.embedded.autoencoder import load_autoencoder
-from recipes.embedded.scenes import SIZE, World, flatten
+from recipes.embedded.scenes import SIZE, VARIED, World, flatten
 from snapgen_mlx.cli.judging import headline, row
 from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.geneval import TASKS, Prompt, Score, correct
@@ -82,7 +82,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="pictures of a prompt (4)")
     parser.add_argument("--dry-run", action="store_true", help="only print")
     args = parser.parse_args(argv)
-    world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+    world, autoencoder = World.load(args.sprites, VARIED), load_autoencoder(args.vae)
     judge, prompts = Judge.load(), protocol()
 
     def decoded(image, _):

@@ -20,7 +20,7 @@ from torch import nn
 
 from recipes.command import command
 from recipes.embedded.autoencoder import load_autoencoder
-from recipes.embedded.scenes import World
+from recipes.embedded.scenes import VARIED, World
 from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.judge import FOLDER, NAMES_FILE
 from snapgen_mlx.tensors.weights import SINGLE as WEIGHTS
@@ -106,7 +106,7 @@ def main(argv=None) -> None:
     parser.add_argument("out", type=Path, help="folder of the scenes and of the states")
     parser.add_argument("--further", choices=LESSONS, nargs="*", help="shipped networks to train")
     args = parser.parse_args(argv)
-    world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
+    world, autoencoder = World.load(args.sprites, VARIED), load_autoencoder(args.vae)
     save(world, autoencoder, args.out / "scenes", SCENES)
     sets = {kind: load(args.out / "scenes", kind, n) for kind, n in SCENES.items()}
     torch.manual_seed(0)

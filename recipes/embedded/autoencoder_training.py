@@ -44,9 +44,9 @@ DECODER = Options(steps=1500, batch=4, crop=256, learning_rate=1e-3, decoder_onl
 def scene_pool(world: Path, split: str, number: int, file: Path) -> np.ndarray:
     """``number`` scenes of the world, premultiplied uint8 (N, 256, 256, 4), kept in ``file``."""
     if not file.exists():
-        from .scenes import World
+        from .scenes import VARIED, World
 
-        world = World.load(world)
+        world = World.load(world, VARIED)
         rng = random.Random(f"autoencoder {split}")
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as tmp:

@@ -9,6 +9,7 @@ gives the same scene everywhere.
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +21,11 @@ from .captions import Captions
 from .characters import character
 from .colors import COLORS, recolor
 from .concepts import with_article
+from .layout import SIZE, Box, loose, tidy
 from .sprites import STYLES, Sprites
 from .things import OPPOSITE, RELATIONS, THINGS, held_out
 
-SIZE = 256  # pixels
 KINDS = ("single", "two", "count", "color", "position", "attribution", "character")
-# Shares of the kinds in training; single drawings are learned last and are most of what is asked.
-SHARES = dict(zip(KINDS, (0.34, 0.10, 0.14, 0.12, 0.14, 0.10, 0.06), strict=True))
 BACKGROUNDS = {
     "white": (255, 255, 255),
     "black": (30, 30, 34),
@@ -39,6 +38,29 @@ BACKGROUNDS = {
     "purple": (182, 156, 230),
     "pink": (248, 190, 212),
 }
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often a world draws what, and where.
+
+    Attributes:
+        shares: of ``KINDS``, in their order.
+        everyday: share of everyday things among single drawings; the others are of any concept.
+        plain: share of 3D, the style of a caption that names none.
+        layout: one of the functions of ``layout``.
+    """
+
+    shares: tuple[float, ...]
+    everyday: float
+    plain: float
+    layout: Callable[..., list[Box]]
+
+
+# The generator's: with little training, things that compose come before rare ones.
+STICKERS = Mix((0.30, 0.12, 0.14, 0.14, 0.14, 0.10, 0.06), 0.75, 0.85, tidy)
+# The judge's: it must know every thing in every style and place.
+VARIED = Mix((0.34, 0.10, 0.14, 0.12, 0.14, 0.10, 0.06), 0.5, 0.7, loose)
 COPIES = {"3d", "gradient", "flat"}  # drawn alike: a concept is held out in all of them or none
 
 
@@ -83,15 +105,15 @@ class Scene:
 class World:
     """Everything that can be drawn: sprites, and the rules by which they are combined."""
 
-    def __init__(self, sprites: Sprites):
-        self.sprites = sprites
+    def __init__(self, sprites: Sprites, mix: Mix = STICKERS):
+        self.sprites, self.mix = sprites, mix
         self.captions = Captions(sprites)
         self.things = sorted(THINGS)
 
     @classmethod
-    def load(cls, folder) -> "World":
+    def load(cls, folder, mix: Mix = STICKERS) -> "World":
         """The world of a folder that ``recipes.embedded.sprites`` wrote."""
-        return cls(Sprites.load(folder))
+        return cls(Sprites.load(folder), mix)
 
     def scene(self, rng: random.Random, split: str = "train", kind: str | None = None) -> Scene:
         """Draw one scene.
@@ -100,12 +122,12 @@ class World:
             rng: the only source of chance.
             split: "train" holds no held-out combination; "heldout" holds one where its kind has
                 combinations.
-            kind: one of ``KINDS``; drawn by ``SHARES`` when None.
+            kind: one of ``KINDS``; drawn by the mix when None.
 
         Returns:
             A scene with its exact labels.
         """
-        kind = kind or rng.choices(KINDS, [SHARES[k] for k in KINDS])[0]
+        kind = kind or rng.choices(KINDS, self.mix.shares)[0]
         if kind == "character":
             return self._character(rng, split)
         while True:
@@ -127,11 +149,9 @@ class World:
         while background and background in {t.color for t in things}:  # red on red is not seen
             background = rng.choice(sorted(BACKGROUNDS))
         size_word = None
-        boxes = self._boxes(rng, kind, things, relation)
         if kind in ("single", "color") and rng.random() < 0.12:
             size_word = rng.choice(["small", "big"])
-            side = rng.uniform(80, 110) if size_word == "small" else rng.uniform(236, 248)
-            boxes = [_centred(rng, side)]
+        boxes = self.mix.layout(rng, len(things), relation, size_word)
         canvas = np.zeros((SIZE, SIZE, 4), np.float32)
         if background:
             canvas[:] = (*BACKGROUNDS[background], 255)
@@ -143,9 +163,9 @@ class World:
 
     def _plan(self, rng: random.Random, kind: str) -> tuple[list[Thing], str | None]:
         """What a scene shows, before it is placed."""
-        style = "3d" if rng.random() < 0.7 else rng.choice(STYLES[1:])
+        style = "3d" if rng.random() < self.mix.plain else rng.choice(STYLES[1:])
         if kind == "single":
-            if rng.random() < 0.5:
+            if rng.random() < self.mix.everyday:
                 return [self._thing(rng, style)], None
             concept = rng.choice(self.sprites.concepts)
             style = style if style in concept.styles else rng.choice(sorted(concept.styles))
@@ -210,41 +230,6 @@ class World:
             and held_out("drawing", label, "fluent")
         )
 
-    def _boxes(self, rng, kind, things, relation) -> list[tuple[float, float, float]]:
-        """Left, top and side in pixels of each thing's square."""
-        n = len(things)
-        if n == 1:
-            return [_centred(rng, rng.uniform(168, 240))]
-        if kind == "count" and n > 2:
-            if n == 3 and rng.random() < 0.35:
-                side = rng.uniform(72, 80)
-                places = [(44, 128), (128, 128), (212, 128)]
-            else:
-                side = rng.uniform(94, 112)
-                top = [(128, 66)] if n == 3 else [(66, 66), (190, 66)]
-                places = [*top, (66, 190), (190, 190)]
-        else:
-            side = rng.uniform(96, 116)
-            places = [(66, 128), (190, 128)]
-            stacked = relation in ("above", "below") if relation else rng.random() < 0.15
-            if stacked:
-                places = [(y, x) for x, y in places]
-            if relation in ("right of", "below"):
-                places.reverse()
-        slack = 126 - side if n != 3 or side > 90 else 82 - side
-        boxes = []
-        for cx, cy in places:
-            own = side * rng.uniform(0.86, 1)
-            free = max(0.0, (slack + side - own) / 2 - 2)
-            # Where nothing stands beside, a thing may move further.
-            wide = free + (28 if n == 2 else 0)
-            dx = rng.uniform(-free, free) if cx != 128 else rng.uniform(-wide, wide)
-            dy = rng.uniform(-free, free) if cy != 128 else rng.uniform(-wide, wide)
-            x = min(max(cx + dx - own / 2, 1), SIZE - own - 1)
-            y = min(max(cy + dy - own / 2, 1), SIZE - own - 1)
-            boxes.append((x, y, own))
-        return boxes
-
     def _paste(self, canvas: np.ndarray, thing: Thing, x: float, y: float, side: float):
         """Draw a thing into the square; returns the box of its visible part."""
         n, x, y = round(side), round(x), round(y)
@@ -277,12 +262,6 @@ class World:
         canvas = canvas * (1 - image[..., 3:] / 255) + image
         text = with_article(caption) if rng.random() < 0.8 else caption
         return Scene(np.rint(canvas).astype(np.uint8), text, "character", [], None, background)
-
-
-def _centred(rng, side: float) -> tuple[float, float, float]:
-    free = (SIZE - side) / 2
-    x, y = (free + rng.uniform(-0.6, 0.6) * free for _ in "xy")
-    return x, y, side
 
 
 def flatten(image: np.ndarray, color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
