@@ -5,9 +5,10 @@
 First the full width of MODEL is distilled by DMD alone; its LoRA is the 4-step teacher of the rest.
 Then each loss distils each width into four steps, once per seed, with the same learning rate, rank,
 batches and number of the student's updates; "dmd, time" has as many as fit into the time that
-K-DMD took. PROMPTS, one in a line, are what all of them learn from. They are scored on other
-prompts, the judge's. The runs lie in OUT/LOSS-WIDTH-SEED; the same command goes on where it was
-interrupted. Printed, and written to OUT/results.json, mean and standard deviation over seeds:
+K-DMD took, and "kdmd, balanced" scales the gradients of its losses to one norm. PROMPTS, one in a
+line, are what all of them learn from. They are scored on other prompts, the judge's. The runs lie
+in OUT/LOSS-WIDTH-SEED; the same command goes on where it was interrupted. Printed, and written to
+OUT/results.json, mean and standard deviation over seeds:
 
 - Fréchet and energy distance of the latents to the guided teacher's of the same prompts from other
   noise. The floor is the guided teacher from the noise that the students have.
@@ -45,7 +46,8 @@ from snapgen_mlx.training.teacher import load_teacher
 from .few_steps import Frechet
 
 EQUAL_TIME = "dmd, time"
-LOSSES = ("kd", "dmd", "kdmd", EQUAL_TIME)  # the last one needs the times of those before it
+BALANCED = "kdmd, balanced"
+LOSSES = ("kd", "dmd", "kdmd", BALANCED, EQUAL_TIME)  # the last one needs the times before it
 FIGURES = {"frechet": "Fréchet", "energy": "energy", "error": "error", "judge": "judge"}
 
 
@@ -112,7 +114,7 @@ def distil(model, teacher, prompts, output: Path, variant: str, seed: int, o, kd
 def plan(loss: str, updates: int, o) -> KDMDOptions:
     """Options of a run with so many updates of the student."""
     kdmd = KDMDOptions(o.learning_rate, loss=loss.partition(",")[0], lora=o.rank)
-    kdmd.critic_steps = o.critic_steps
+    kdmd.critic_steps, kdmd.balance = o.critic_steps, loss == BALANCED
     kdmd.steps = updates * kdmd.turns
     kdmd.average_from = kdmd.steps // 2
     kdmd.warmup = min(kdmd.warmup, updates // 2) * kdmd.turns

@@ -11,6 +11,8 @@ import click
 
 from .arguments import encoded
 
+COMPILER_FAILED = ("[Compile::", "C++ shared library")  # in MLX's messages
+
 
 def follow(start, steps: int, options, echo) -> None:
     """Print the records of a training, which ``start`` gives when it is told how to ask whether to
@@ -20,7 +22,7 @@ def follow(start, steps: int, options, echo) -> None:
     started, context = None, click.get_current_context()
     with awake(), Stop() as stop:
         try:
-            for record in start(stop):
+            for record in stop.watch(start(stop)):
                 if "encoded" in record or "drawn" in record:
                     echo(encoded(record))
                 elif "note" in record:
@@ -130,6 +132,16 @@ class Stop:
     def __call__(self) -> bool:
         self.running = True
         return self.signal is not None
+
+    def watch(self, records):
+        """The records. Ctrl-C in a terminal also ends the compiler that MLX may be waiting for on
+        a CPU; that failure is an interruption."""
+        try:
+            yield from records
+        except RuntimeError as e:
+            if self.signal is None or not any(words in str(e) for words in COMPILER_FAILED):
+                raise
+            raise KeyboardInterrupt from e
 
     def __enter__(self) -> "Stop":
         numbers = (signal.SIGINT, signal.SIGTERM)

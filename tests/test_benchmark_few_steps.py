@@ -91,9 +91,9 @@ def test_losses_against_each_other_and_resumed(material, tmp_path, monkeypatch, 
     main(monkeypatch, distillation, *args.split())
     written = json.loads((tmp_path / "results.json").read_text())
     first = written["results"]
-    assert set(first) == {f"{loss}-tiny-0" for loss in ("kd", "dmd", "dmd-time", "kdmd")} | {
-        "teacher-full-0"
-    }
+    assert set(first) == {
+        f"{loss}-tiny-0" for loss in ("kd", "dmd", "dmd-time", "kdmd", "kdmd-balanced")
+    } | {"teacher-full-0"}
     assert first["dmd-time-tiny-0"]["updates"] >= first["dmd-tiny-0"]["updates"] == 3
     assert written["floor"]["frechet"] > 0 and written["floor"]["error"] is None
     table = capsys.readouterr().out

@@ -32,11 +32,11 @@ from snapgen_mlx.training.distill import (
     feature_loss,
     timestep_aware,
 )
-from snapgen_mlx.training.dmd import TAU_RANGE, by_tau, dmd_loss, sample_taus
+from snapgen_mlx.training.dmd import TAU_RANGE, balanced, by_tau, dmd_loss, sample_taus
 from snapgen_mlx.training.flow_matching import add_noise, sample_timesteps
 from snapgen_mlx.training.kdmd import SIGMAS
 from snapgen_mlx.training.loop import Inputs, fixed_batches
-from snapgen_mlx.training.lora_training import SCALE, lora_params
+from snapgen_mlx.training.lora_training import SCALE, LoRAWeights, lora_params
 from snapgen_mlx.training.teacher import ModelTeacher, TaughtDataset
 from snapgen_mlx.training.watch import Watch
 
@@ -516,6 +516,33 @@ def test_what_a_loss_consists_of(loss, names):
     assert not any("projector" in k for k in trainer.lora)
 
 
+def test_balanced_losses_pull_equally():
+    """The gradient is the sum of the three losses' own, each with the mean of their norms."""
+    trainer, asked = toy_kdmd(critic_steps=1, clip=1e9, balance=True), []
+    trainer.student.params |= random_lora(trainer.model.config, 7)
+    trainer.student.optimizer, own = Recorder(), trainer._losses
+    trainer._losses = lambda *inputs: asked.append(inputs) or own(*inputs)
+    metrics = steps(trainer, 1)[0]
+    # What a trainer without balance makes of one loss alone.
+    plain = toy_kdmd(critic_steps=1)
+    terms, norms = {}, {}
+    for term in ("dmd", "out", "features"):
+        _, terms[term] = plain._student_grads_fn(trainer.student.params, *asked[0], term=term)
+        squares = [g.square().sum() for k, g in terms[term].items() if "projector" not in k]
+        norms[term] = sum(squares).item() ** 0.5
+        assert metrics[f"grad/{term}"].item() == pytest.approx(norms[term], rel=1e-3)
+    assert max(norms.values()) > 1.5 * min(norms.values()), "nothing to balance"
+    mean = sum(norms.values()) / 3
+    for name, g in trainer.student.optimizer.gradients.items():
+        expected = sum(terms[t][name] * (mean / norms[t]) for t in terms)
+        assert mx.abs(g - expected).max().item() <= 2e-3 * mx.abs(expected).max().item() + 1e-6
+
+
+def test_balanced_keeps_what_is_zero():
+    total, norms = balanced({"a/w": mx.zeros(3), "b/w": mx.ones(3)})
+    assert norms["grad/a"].item() == 0 and mx.isfinite(total["w"]).all()
+
+
 def test_the_mean_starts_late():
     trainer = toy_kdmd(critic_steps=1, average_from=3, ema=0.9)
     means = []
@@ -531,9 +558,7 @@ def test_the_mean_starts_late():
 
 def test_adam_without_a_first_moment():
     """Bias-corrected RMSProp in numpy, on a single matrix."""
-    weights = kdmd.LoRAWeights(
-        {"a": mx.array([1.0, -2.0])}, kdmd.KDMDOptions(0.1, warmup=0, clip=1e9)
-    )
+    weights = LoRAWeights({"a": mx.array([1.0, -2.0])}, kdmd.KDMDOptions(0.1, warmup=0, clip=1e9))
     p, v = np.array([1.0, -2.0]), np.zeros(2)
     for n, g in enumerate(([1.0, 0.5], [-2.0, 0.1], [0.3, -0.2]), 1):
         weights.update({"a": mx.array(g)})

@@ -21,6 +21,7 @@ from snapgen_mlx.errors import SnapGenError, UsageError
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.tensors.weights import load_tensors, save_tensors
 from snapgen_mlx.training.checkpoint import load_state, save_state
+from snapgen_mlx.training.elastic_trainer import ElasticTrainer
 from snapgen_mlx.training.loop import train
 from snapgen_mlx.training.report import Report
 
@@ -418,6 +419,26 @@ def test_ctrl_c_after_the_last_step_stops_at_once(material, tmp_path, monkeypatc
     assert result.exit_code == 130 and "config.json" not in names(tmp_path / "out")
     result = invoke(*args)
     assert result.exit_code == 0 and "config.json" in names(tmp_path / "out"), result.output
+
+
+def test_ctrl_c_that_ends_the_compiler_too(material, tmp_path, monkeypatch):
+    """A terminal sends it to the compiler that MLX waits for as well, and MLX says so."""
+    step, message, calls = ElasticTrainer.step, "Could not load C++ shared library /tmp/x.so", []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError(message)
+        return step(*args)
+
+    monkeypatch.setattr(ElasticTrainer, "step", interrupted)
+    result = invoke(*arguments(material, tmp_path / "out"))
+    assert result.exit_code == 130, result.output
+    assert result.stderr.endswith("stopped; the same command goes on from what is saved\n")
+    message = "something else"  # is still told
+    result = invoke(*arguments(material, tmp_path / "out"))
+    assert result.exit_code == 1 and "something else" in result.stderr
 
 
 def test_a_mac_is_kept_awake(material, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..sampling import FEW_STEPS
+from .distill import without_projectors
+from .optimizer import add_arrays, global_norm
 
 SHIFT = FEW_STEPS["shift"]
 TAU_RANGE = (0.02, 0.98)
@@ -44,3 +46,26 @@ def by_tau(losses: mx.array, tau: mx.array) -> dict[str, mx.array]:
         rows = mx.array(np.flatnonzero(bins == i))
         metrics[f"critic/tau {i / BINS:g}"] = losses[rows].mean()
     return metrics
+
+
+def balanced(grads: dict[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The sum of several losses' gradients, each scaled to the mean of their norms.
+
+    Args:
+        grads: {"LOSS/name": gradient}; those of projectors do not count in the norms.
+
+    Returns:
+        {name: gradient}, and the norms before, {"grad/LOSS": scalar}.
+    """
+    terms: dict[str, dict[str, mx.array]] = {}
+    for key, g in grads.items():
+        term, _, name = key.partition("/")
+        terms.setdefault(term, {})[name] = g
+    norms = {term: global_norm(without_projectors(own)) for term, own in terms.items()}
+    mean = sum(norms.values()) / len(norms)
+    total: dict[str, mx.array] = {}
+    for term, own in terms.items():
+        scale = mean / mx.maximum(norms[term], 1e-12)
+        scaled = {k: scale * g for k, g in own.items()}
+        total = add_arrays(total, scaled) if total else scaled
+    return total, {f"grad/{term}": norm for term, norm in norms.items()}

@@ -6,6 +6,7 @@ the velocity of the student's pictures; its difference from the guided teacher c
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -24,14 +25,17 @@ from .distill import (
     take_rows,
     without_projectors,
 )
-from .dmd import SHIFT, by_tau, dmd_loss, per_sample, sample_taus
+from .dmd import SHIFT, balanced, by_tau, dmd_loss, per_sample, sample_taus
 from .flow_matching import add_noise
 from .loop import Inputs
-from .lora_training import lora_params
-from .optimizer import AdamOptions, Averaged, add_arrays, mean_over_processes
+from .lora_training import LoRAWeights, lora_params
+from .optimizer import AdamOptions, add_arrays, mean_over_processes
 from .teacher import Teacher, velocity_and_tokens
 
 SIGMAS = schedule(int(FEW_STEPS["steps"]), SHIFT)
+
+
+TERMS = {"kdmd": ("dmd", "out", "features"), "dmd": ("dmd",), "kd": ("out", "features")}
 
 
 @dataclass
@@ -43,6 +47,7 @@ class KDMDOptions(AdamOptions):
     average_from: int = 200  # step at which the student's running mean begins, half at the latest
     lora: int = 64  # rank of the LoRAs
     loss: str = "kdmd"  # "kdmd", "dmd", or "kd": only the 4-step or guided teacher
+    balance: bool = False  # the losses' gradients have one norm; otherwise they are 1:1:1 [paper]
     critic_steps: int = 5  # critic steps for each student step
     guidance: float = 4.0  # guidance of the teacher
     noised_real: bool = False  # x_t comes from real latents, not from the student's own steps
@@ -56,18 +61,6 @@ class KDMDOptions(AdamOptions):
     def least_steps(self) -> int:
         """The fewest steps that change the student."""
         return self.turns * (2 if self.warmup // self.turns else 1)
-
-
-class LoRAWeights(Averaged):
-    """LoRA matrices, Adam with bias correction, and a running mean from the update ``start`` on."""
-
-    def __init__(self, params: dict[str, mx.array], options: AdamOptions, start: int = 0):
-        self.start = start
-        super().__init__(params, options)
-        self.optimizer.bias_correction = True
-
-    def decay(self, step: mx.array) -> mx.array:
-        return mx.where(step <= self.start, 0.0, self.options.ema)
 
 
 class KDMDTrainer:
@@ -109,7 +102,8 @@ class KDMDTrainer:
         # A compiled graph runs in its own order, which forgoes what checkpointing saves.
         compiled = (lambda f: f) if o.checkpoint else mx.compile
         self._jump = mx.compile(self._jump_fn)
-        self._student_grads = compiled(self._student_grads_fn)
+        terms, grads_fn = TERMS[o.loss] if o.balance else [None], self._student_grads_fn
+        self._student_grads = {term: compiled(partial(grads_fn, term=term)) for term in terms}
         self._critic_grads = compiled(self._critic_grads_fn)
 
     ahead = 1  # what the teacher is asked depends on the student of the step
@@ -128,8 +122,8 @@ class KDMDTrainer:
         v = self.bind(params)(x, t, text, masks).astype(mx.float32)
         return x + (to - t)[:, None, None, None] * v
 
-    def _student_grads_fn(self, student, guide, x_t, t, text, masks):
-        """Losses, monitors and gradients; ``guide`` is of ``_ask``, with c0."""
+    def _student_grads_fn(self, student, guide, x_t, t, text, masks, *, term: str | None):
+        """Losses, monitors, gradients of ``term`` or of all; ``guide``: of ``_ask``, with c0."""
 
         def loss(own):
             v, tokens = velocity_and_tokens(self.bind(own), x_t, t, text, masks)
@@ -143,7 +137,8 @@ class KDMDTrainer:
                 metrics["loss/out"] = (v - guide["v"]).square().mean()
                 features = feature_loss(tokens, projector_of(own), guide["tokens"])
                 metrics["loss/features"] = features.mean()
-            return sum(a for k, a in metrics.items() if k.startswith("loss/")), metrics
+            losses = {k: a for k, a in metrics.items() if k.startswith("loss/")}
+            return losses[f"loss/{term}"] if term else sum(losses.values()), metrics
 
         (_, metrics), grads = mx.value_and_grad(loss)(student)
         return metrics, grads
@@ -221,8 +216,11 @@ class KDMDTrainer:
             mx.eval(metrics, of_student, of_critic, losses)
         if turn:
             metrics, grads = ({k: a / parts for k, a in d.items()} for d in (metrics, of_student))
-            metrics = mean_over_processes(metrics)
-            metrics["grad/student"] = self.student.update(mean_over_processes(grads))
+            metrics, grads = mean_over_processes(metrics), mean_over_processes(grads)
+            if self.options.balance:
+                grads, norms = balanced(grads)
+                metrics |= norms
+            metrics["grad/student"] = self.student.update(grads)
         if self.critic:
             of_all = (mx.concatenate(losses), noise["tau/critic"])
             metrics |= by_tau(*map(mx.distributed.all_gather, of_all))
@@ -289,12 +287,20 @@ class KDMDTrainer:
                 guide = {k: a for k, a in guide.items() if k != "x_tau"} | {"c0": c0}
                 mx.eval(c0)
             t = mx.full(len(made["x"]), SIGMAS[k])
-            student = self._student_grads(self.student.params, guide, made["x"], t, text, masks)
-            mx.eval(student)
+            student = self._losses(guide, made["x"], t, text, masks)
         if self.critic:
             eps, tau = noise["eps/critic"], noise["tau/critic"]
             critic = self._critic_grads(self.critic.params, made["y"], eps, tau, text, masks)
         return student, critic
+
+    def _losses(self, *inputs) -> tuple[dict, dict]:
+        """Metrics and gradients of the student; to be balanced, they are {"LOSS/name": ...}."""
+        grads: dict[str, mx.array] = {}
+        for term, of_term in self._student_grads.items():
+            metrics, own = of_term(self.student.params, *inputs)
+            grads |= {f"{term}/{k}": g for k, g in own.items()} if term else own
+            mx.eval(metrics, grads)  # one pass is in memory at a time
+        return metrics, grads
 
     def validate(self, fixed: list) -> dict[str, float]:
         """What ``watch`` says of the pictures that the averaged student draws in four steps."""

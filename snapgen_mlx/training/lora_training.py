@@ -23,11 +23,24 @@ from ..models.dit import DiT
 from ..models.elastic import random_supernet
 from ..tensors.affine import float_weight
 from ..tensors.safetensors_io import save_arrays
+from .optimizer import AdamOptions, Averaged
 
 SCALE = 2.0  # alpha / rank, as in the paper: rank 64 with alpha 128
 STAGES = ("down", "mid", "up")
 TRIGGERS = 20  # captions that a file names
 LAYERS = ("to_q", "to_k", "to_v", "to_out", "fc1", "fc2")
+
+
+class LoRAWeights(Averaged):
+    """LoRA matrices, Adam with bias correction, and a running mean from the update ``start`` on."""
+
+    def __init__(self, params: dict[str, mx.array], options: AdamOptions, start: int = 0):
+        self.start = start
+        super().__init__(params, options)
+        self.optimizer.bias_correction = True
+
+    def decay(self, step: mx.array) -> mx.array:
+        return mx.where(step <= self.start, 0.0, self.options.ema)
 
 
 def lora_params(config: DiTConfig, rank: int, seed: int = 0) -> dict[str, mx.array]:
