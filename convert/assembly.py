@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import QWEN_IMAGE, DiTConfig, QwenImageConfig
 from ..errors import SnapGenError
+from ..files import read_json
 from ..hub import commit_of, resolve
 from ..layout import COMPONENTS, TINY_DECODER, load_config
 from ..loading import build_autoencoder
@@ -48,7 +49,8 @@ def gather(
         token: for the Hub.
 
     Returns:
-        {part: component}, and the source's ``model_index.json``, or {} if there is none.
+        {part: component}, and the ``model_index.json`` beside the transformer, or beside the other
+        parts where there is no transformer; {} if there is none.
     """
     found: dict[str, PlannedComponent] = {}
     index: dict = {}
@@ -62,6 +64,9 @@ def gather(
         found[name] = component = find_part(path, name)
         component.origin, component.root = str(where), path if path.is_dir() else path.parent
         component.is_named = True
+        if name == "transformer":
+            place = component.root / "model_index.json"
+            index = read_json(place) if place.is_file() else {}
     return {name: found[name] for name in PARTS if name in found}, index
 
 

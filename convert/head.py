@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import SnapGenError
 from ..files import read_json
-from ..layout import FORMAT
+from ..layout import FEW_STEP, FORMAT, few_step_loras
 from .assembly import origin
 from .plan import PlannedComponent
 
@@ -106,8 +106,17 @@ def _base(index: dict, report: dict, components: dict[str, PlannedComponent]) ->
     digests = [report["files"][file_name(part, file)] for file in files if part]
     made = [sorted(digests), report["ema"], report.get("loras")]
     own = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-    inherited = index.get("base")
-    return inherited if isinstance(inherited, str) and not report.get("loras") else own
+    inherited = inherited_base(index, digests)
+    return inherited if inherited and not report.get("loras") else own
+
+
+def inherited_base(index: dict, digests: list[str]) -> str | None:
+    """The digest that an exported checkpoint has from its model; None where its transformer, with
+    files of these ``digests``, was changed since, and for other checkpoints."""
+    base, weights = index.get("base"), index.get("weights")
+    if not isinstance(base, str) or (weights and weights != sorted(digests)):
+        return None
+    return base
 
 
 def _record(report: dict, component: PlannedComponent) -> dict[str, Any]:
@@ -135,6 +144,11 @@ def not_there(
         begun: whether this very conversion was interrupted; what is there may then be its own.
     """
     missing = {}
+    gone = "transformer" in components and there is not None and not (dest / "transformer").is_dir()
+    if gone and not begun and few_step_loras(dest):
+        raise SnapGenError(
+            f"{dest / FEW_STEP} holds LoRAs of the transformer that was removed; remove it too"
+        )
     for name, component in components.items():
         if there is None or not (dest / name).is_dir():
             missing[name] = component

@@ -14,13 +14,14 @@ from ..files import atomic_write, expand_user, file_sha256, read_json, write_jso
 from ..layout import FEW_STEP, TOKENIZERS, few_step_loras
 from ..loading import layer_shapes
 from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
-from ..lora_file import find_file
+from ..lora_file import LoRAFile, find_file, is_whole, read_about
 from ..tensors.stream import Step, verify, write_components
 from ..tokenizer_files import copy_word_files
+from ..vocabulary import FILE as WORDS
 from ..vocabulary import copy_words
 from .assembly import check_fit, gather
 from .conversion_report import dtype_name, make_report, model_card
-from .head import existing_model, file_name, make_head, not_there
+from .head import existing_model, file_name, inherited_base, make_head, not_there
 from .plan import PlannedComponent, plan
 
 JOURNAL = "journal.json"
@@ -80,6 +81,8 @@ def convert(
         settings["loras"] = _fuse(components, loras)
     if few_step_lora:
         settings["few_step_lora"] = _check_few_step_lora(components, few_step_lora)
+    for path in (*(path for path, _ in loras), *([few_step_lora] if few_step_lora else [])):
+        _check_base(path, index, components["transformer"])
     report = make_report(source, settings, components)
     if dry_run:
         return report | {"status": "planned"}
@@ -99,7 +102,8 @@ def convert(
             _copy_tokenizer(component, partial)
         if "transformer" in missing:
             root = missing["transformer"].root
-            copy_few_step_loras(root, partial)
+            # Fused LoRAs change what they are for, and stand beside them as at run time.
+            copy_few_step_loras(root, partial, base=head["base"] if loras else None)
             copy_words(root, partial)
         if few_step_lora:
             _copy_few_step_lora(few_step_lora, components["transformer"], partial)
@@ -167,14 +171,30 @@ def _check_few_step_lora(components: dict[str, PlannedComponent], path) -> dict:
     return _lora_entry(path)
 
 
-def _copy_few_step_lora(path, transformer: PlannedComponent, partial: Path) -> None:
-    """The LoRA's file as it is, under the name of the only width."""
+def _check_base(path, index: dict, transformer: PlannedComponent) -> None:
+    """Raises SnapGenError for a LoRA that says it was trained on other weights, where the
+    checkpoint says which ones it holds."""
     file = find_file(path)
-    if file.suffix != ".safetensors":
-        raise UsageError(f"{file} is not a safetensors file; a few-step LoRA must be one")
-    name = transformer.config.get("variant", "full")
-    (partial / FEW_STEP).mkdir(exist_ok=True)
-    shutil.copyfile(file, partial / FEW_STEP / f"{name}.safetensors")
+    trained = read_about(file).get("base")
+    if trained is None or "base" not in index:
+        return
+    base = inherited_base(index, [file_sha256(f) for f in transformer.reader.files])
+    if base not in (None, trained):
+        raise SnapGenError(
+            f"{file} was trained on other weights than those of {transformer.origin}; use it with "
+            "the model that it was trained on"
+        )
+
+
+def _copy_few_step_lora(path, transformer: PlannedComponent, partial: Path) -> None:
+    """The LoRA under the name of the only width: its file as it is, if it says all of it."""
+    file = find_file(path)
+    target = partial / FEW_STEP / f"{transformer.config.get('variant', 'full')}.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    if is_whole(file):
+        shutil.copyfile(file, target)
+    else:
+        LoRAFile.read(file).save(target)
 
 
 def _with_update(step: Step, update: Update) -> Step:
@@ -227,11 +247,13 @@ def _open_partial(partial: Path, head: dict) -> bool:
 
 def _move_into(partial: Path, dest: Path, head: dict) -> None:
     """Add what was written to a model. Its config.json, which names the parts, comes last."""
-    for folder in sorted(p for p in partial.iterdir() if p.is_dir()):
-        target = dest / folder.name
-        if target.is_dir() and folder.name in TOKENIZERS.values():
-            shutil.rmtree(target)  # of no text encoder
-        os.replace(folder, target)
+    if (partial / "transformer").is_dir():
+        (dest / WORDS).unlink(missing_ok=True)  # what another one drew
+    for part in sorted(p for p in partial.iterdir() if p.name != JOURNAL):
+        target = dest / part.name
+        if target.is_dir() and part.name in (*TOKENIZERS.values(), FEW_STEP):
+            shutil.rmtree(target)  # of no part that is there
+        os.replace(part, target)
     write_json(dest / "config.json", head)
     shutil.rmtree(partial)
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..digest import base_digest
 from ..errors import SnapGenError, UsageError, name_keys
-from ..files import atomic_folder, atomic_write, expand_user, write_json
+from ..files import atomic_folder, atomic_write, expand_user, file_sha256, write_json
 from ..layout import COMPONENTS, FORMAT, TOKENIZERS, load_config, tokenizer_files
 from ..lora import copy_few_step_loras
 from ..tensors.affine import dequantize
@@ -97,6 +97,9 @@ def export(folder, dest, progress: Callable[[int, int], None] | None = None) -> 
         write_components(tmp, components.values(), "pt", progress)
         index = {"_class_name": "SnapGenPPPipeline", "sampling": sampling}
         index["base"] = base_digest(folder)
+        if "transformer" in components:
+            files = (tmp / "transformer").glob("*.safetensors")
+            index["weights"] = sorted(map(file_sha256, files))
         for name, component in components.items():
             index |= _entry(folder, name, component)
             _copy_files(folder, tmp, name)

@@ -48,7 +48,7 @@ def describe(folder) -> dict:
         "source": _source(config.get("source")),
         "sampling": {k: getattr(s, k) for k in ("steps", "guidance", "shift", "width", "height")},
         "few_steps": {"variants": few_steps, **(FEW_STEPS if few_steps else {})},
-        "parts": {name: part | _stored(folder / name) for name, part in parts.items()},
+        "parts": {name: part | stored(folder / name) for name, part in parts.items()},
         "text_dims": dict(memory.config.text_dims),
         "memory": {name: _needs(memory, name, request) for name in variants},
         "usable_memory": usable_memory(),
@@ -75,7 +75,7 @@ def _source(source) -> dict | None:
     return {"name": name, "revision": source.get("revision")} if name else None
 
 
-def _stored(folder: Path) -> dict:
+def stored(folder: Path) -> dict:
     """Number of parameters, bits for each and bytes of the weights in a folder."""
     infos = load_infos(folder)
     quantization = load_config(folder).get("quantization") or {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import SnapGenError, UsageError, shown
 from .layout import COMPONENTS, FEW_STEP, FORMAT, TOKENIZERS, load_config
 from .tensors.sharded import EXTENSIONS, weight_names
+from .vocabulary import FILE as WORDS
 
 EMBEDDED = "embedded"  # name of the shipped model
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -112,6 +113,8 @@ def _wanted(only: Sequence[str] | None, files: list[str]) -> list[str]:
         return USUAL + EXTRAS
     folders = [*parts, *(TOKENIZERS[name] for name in parts if name in TOKENIZERS)]
     inside = [f"{folder}/{p}" for folder in folders for p in USUAL[:2] + EXTRAS]
+    if "transformer" in parts:
+        inside += [f"{FEW_STEP}/*.safetensors", WORDS]
     # What says how a transformer is sampled, and which latents are its own.
     return [*inside, "*index.json", "scheduler/*.json", "vae/config.json", "README.md"]
 

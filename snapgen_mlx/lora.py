@@ -3,6 +3,7 @@
 W' = W + scale · alpha/r · B A with A (r, in) and B (out, r) [Hu et al. 2021, section 4.1].
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from .device import scalar
 from .digest import base_digest
 from .errors import SnapGenError, UsageError, name_keys
 from .layout import FEW_STEP, few_step_loras
-from .lora_file import LoRAFile, kind_of_keys, read_tensors
+from .lora_file import ABOUT, LoRAFile, kind_of_keys, read_about, read_tensors
 from .models.elastic import axis_groups, bank_index, in_bank, leading_slice, random_supernet
 from .tensors.safetensors_io import header_metadata, save_arrays
 
@@ -105,7 +106,10 @@ def _check_width(file: LoRAFile, config: DiTConfig, index: int | None) -> None:
 
 
 def copy_few_step_loras(
-    source: Path, target: Path, change: Callable[[dict], dict] = lambda tensors: tensors
+    source: Path,
+    target: Path,
+    change: Callable[[dict], dict] = lambda tensors: tensors,
+    base: str | None = None,
 ) -> None:
     """Copy the few-step LoRAs of a model, if it has any. Palettes become floats.
 
@@ -113,10 +117,14 @@ def copy_few_step_loras(
         source: model folder.
         target: model folder.
         change: is applied to the tensors of each LoRA.
+        base: digest of the weights that they are for in ``target``; None for those that they were
+            trained on.
     """
     for file in few_step_loras(source):
-        tensors = change(read_tensors(file))
-        save_arrays(target / FEW_STEP / file.name, tensors, header_metadata(file))
+        tensors, header = change(read_tensors(file)), header_metadata(file)
+        if base and (about := read_about(file)):
+            header[ABOUT] = json.dumps(about | {"base": base})
+        save_arrays(target / FEW_STEP / file.name, tensors, header)
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from .device import scalar
 from .errors import SnapGenError, name_keys
 from .files import expand_user, read_json
 from .tensors.formats import open_file
 from .tensors.palette import expand
-from .tensors.safetensors_io import check_dtypes, header_metadata
+from .tensors.safetensors_io import check_dtypes, header_metadata, save_arrays
 from .tensors.sharded import EXTENSIONS
 
 MATRIX = re.compile(
@@ -88,6 +89,18 @@ class LoRAFile:
         layers, other = group_keys(tensors)
         return cls(path, tensors, layers, other, _strength(path), read_about(path))
 
+    def save(self, target: Path) -> None:
+        """Write it as one safetensors file that says each layer's alpha itself."""
+        tensors = dict(self.tensors)
+        for name, keys in self.layers.items():
+            if "a" not in keys:
+                continue
+            rank = tensors[keys["a"]].shape[0]
+            own = scalar(tensors[keys["alpha"]]) if "alpha" in keys else None
+            alpha = self.strength.scale(name, rank, own) * rank
+            tensors[keys.get("alpha", f"{name}.alpha")] = mx.array(alpha)
+        save_arrays(target, tensors, {ABOUT: json.dumps(self.about)} if self.about else None)
+
     def resolve(self, paths: Iterable[str]) -> dict[str, str]:
         """{name in the file: the model's path}; names that fit nothing are left out."""
         known = {path.replace(".", "_"): path for path in paths}
@@ -97,6 +110,11 @@ class LoRAFile:
             return {}
         usual = prefixes.most_common(1)[0][0]
         return {name: path for name, (prefix, path) in found.items() if path and prefix == usual}
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a LoRA's file says all of it, and in the form that model folders hold."""
+    return file.suffix == ".safetensors" and not file.with_name(PEFT_CONFIG).is_file()
 
 
 def find_file(path) -> Path:

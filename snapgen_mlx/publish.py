@@ -8,6 +8,7 @@ from .description import describe
 from .errors import SnapGenError, UsageError, format_bytes
 from .hub import HUB_ID, resolve_model
 from .layout import COMPONENTS, FEW_STEP, TINY_DECODER, TOKENIZERS
+from .vocabulary import FILE as WORDS
 from .vocabulary import known_words
 
 PARTS = (*COMPONENTS, *TOKENIZERS.values(), FEW_STEP, TINY_DECODER)
@@ -33,7 +34,7 @@ def model_card(folder, repo: str) -> str:
     d = describe(folder)
     source = d["source"]["name"] if d["source"] else None
     head = ["library_name: snapgen-mlx", "pipeline_tag: text-to-image", "tags:", "- mlx"]
-    if source and HUB_ID.fullmatch(source):
+    if source and HUB_ID.fullmatch(source) and d["source"].get("revision"):  # not a folder a/b
         head.append(f"base_model: {source.partition('@')[0]}")
     few = d["few_steps"]
     how = few if few["variants"] else d["sampling"]
@@ -61,7 +62,7 @@ def model_card(folder, repo: str) -> str:
         lines.append(f"| {name} | {needs['parameters'] / 1e6:.1f} M | {format_bytes(peak)} |")
     if source:
         lines += ["", f"Made from {source}."]
-    lines += _training(folder / "run")
+    lines += _training(folder / "run", list(d["memory"]))
     own = folder / "README.md"
     if own.is_file():
         lines += ["", FRONT_MATTER.sub("", own.read_text(encoding="utf-8"), count=1).strip()]
@@ -73,7 +74,7 @@ def _example(folder: Path) -> str:
     return words[0] if words else "a lighthouse at dusk"
 
 
-def _training(run: Path) -> list[str]:
+def _training(run: Path, widths: list[str]) -> list[str]:
     """What the log and the newest state of a training say."""
     log, states = run / "log.jsonl", sorted(run.glob("state-*.json"))
     if not log.is_file():
@@ -89,7 +90,7 @@ def _training(run: Path) -> list[str]:
         options = json.loads(states[-1].read_text(encoding="utf-8")).get("options", {})
         told = [f"{k.replace('_', ' ')} {v}" for k, v in options.items() if _is_plain(v)]
         lines[-1] += f" Options: {', '.join(told)}." if told else ""
-    widths = [name.partition("/")[2] for name in last if name.startswith("loss/")]
+    widths = [name for name in widths if f"loss/{name}" in last]  # few-step losses have others
     if widths:
         lines += ["", "| width | loss at the end | on held-out pictures |", "|---|---|---|"]
     for width in widths:
@@ -142,14 +143,25 @@ def push(model, repo: str, private: bool = False) -> str:
         for file in files_to_push(folder)
         if file != folder / "README.md"
     ]
+    names = {operation.path_in_repo for operation in adding}
     api = hub.HfApi(endpoint=constants.ENDPOINT)
     # Of httpx or httpx2, as its version has it.
     http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        return api.create_commit(repo, adding, commit_message="Upload by snapgen-mlx").commit_url
+        there = [file.rfilename for file in api.model_info(repo).siblings or []]
+        # Of an earlier upload: with its index, or its LoRAs, another model would be drawn with.
+        gone = [hub.CommitOperationDelete(n) for n in there if _is_ours(n) and n not in names]
+        message = "Upload by snapgen-mlx"
+        return api.create_commit(repo, [*adding, *gone], commit_message=message).commit_url
     except (http_error, errors.OfflineModeIsEnabled, OSError, RuntimeError) as e:
         raise SnapGenError(f"cannot push to {repo}: {_why(e)}") from e
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a repository's file would belong to the model that is drawn with."""
+    folder, _, rest = name.partition("/")
+    return folder in PARTS if rest else name == WORDS
 
 
 def _why(error: Exception) -> str:

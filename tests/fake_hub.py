@@ -113,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
                     hub.pushed[match[1]][value["path"]] = base64.b64decode(value["content"])
                 elif record["key"] == "lfsFile":
                     hub.pushed[match[1]][value["path"]] = hub.stored[value["oid"]]
+                elif record["key"] == "deletedFile":
+                    del hub.pushed[match[1]][value["path"]]
             url = f"{hub.url}/{match[1]}/commit/{COMMIT}"
             return self.send_json({"success": True, "commitOid": COMMIT, "commitUrl": url})
         return self.fail(404)
@@ -146,6 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         if api and "api" in hub.hang:
             hub.released.wait()
             return None
+        if api and repo in hub.pushed:
+            siblings = [{"rfilename": n} for n in hub.pushed[repo]]
+            return self.send_json({"id": repo, "sha": COMMIT, "siblings": siblings})
         if repo not in hub.repos:
             return self.fail(401, "RepoNotFound")
         if revision not in (None, "main", COMMIT):

@@ -13,6 +13,7 @@ from snapgen_mlx.convert.to_mlx import convert
 from snapgen_mlx.convert.to_pytorch import export
 from snapgen_mlx.digest import base_digest
 from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.files import read_json, write_json
 from snapgen_mlx.hub import embedded_model
 from snapgen_mlx.layout import load_config
 from snapgen_mlx.loading import load_dit
@@ -21,6 +22,8 @@ from snapgen_mlx.picture_file import read_metadata
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.settings import Settings
 from snapgen_mlx.training.lora_training import lora_params, save_lora
+from snapgen_mlx.training.teacher import load_teacher
+from snapgen_mlx.vocabulary import known_words
 
 from .tiny import tiny_config, write_tiny_model
 
@@ -166,3 +169,84 @@ def test_a_shipped_lora_under_another_widths_name_is_refused(tmp_path):
     shutil.copy(model / "few_step" / "small.safetensors", model / "few_step" / "tiny.safetensors")
     with pytest.raises(SnapGenError, match="made only for width small, not for tiny"):
         Pipeline.load(model, "tiny").generate("a cat", steps=1)
+
+
+# --- through a conversion
+
+
+def with_base(folder, base) -> None:
+    """Make the few-step LoRAs of a folder say which weights they were trained on."""
+    for i, name in enumerate(WIDTHS):
+        params = lora_params(tiny_config().variant(i), 2, i)
+        about = {"base": base, "widths": [name], "captions": []}
+        save_lora(folder / "few_step" / f"{name}.safetensors", params, about)
+
+
+def test_a_fused_lora_keeps_the_few_step_ones(model, tmp_path):
+    """They stand beside it, as at run time; without it the model still knows which it has."""
+    own = shutil.copytree(model, tmp_path / "own")
+    with_base(own, base_digest(own))
+    export(own, tmp_path / "torch")
+    save_random_lora(tmp_path / "mine.safetensors", tiny_config(), 9)
+    mine = (tmp_path / "mine.safetensors", 1.0)
+    convert(tmp_path / "torch", tmp_path / "out", loras=[mine])
+    ours = np.asarray(picture(tmp_path / "out", "small"), int)
+    theirs = np.asarray(picture(own, "small", loras=[mine]), int)
+    assert np.abs(ours - theirs).max() <= 1
+    assert load_config(tmp_path / "out")["base"] != base_digest(own)
+
+
+def test_an_exported_transformer_that_was_trained_is_another(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    with_base(own, base_digest(own))
+    export(own, tmp_path / "torch")
+    file = tmp_path / "torch" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {k: a * 1.01 for k, a in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), tensors, {"format": "pt"})
+    convert(tmp_path / "torch", tmp_path / "out")
+    with pytest.raises(SnapGenError, match="trained on other weights"):
+        Pipeline.load(tmp_path / "out", "tiny").generate(PROMPT)
+    with pytest.raises(SnapGenError, match="trained on other weights"):
+        load_teacher(tmp_path / "out", tmp_path / "out")
+    lora = tmp_path / "lora.safetensors"
+    about = {"base": base_digest(own), "widths": list(WIDTHS), "captions": []}
+    save_lora(lora, lora_params(tiny_config(), 2), about)
+    export(model, tmp_path / "other")
+    index = read_json(tmp_path / "other" / "model_index.json") | {"base": "of another"}
+    write_json(tmp_path / "other" / "model_index.json", index)
+    with pytest.raises(SnapGenError, match="trained on other weights"):
+        convert(tmp_path / "other", tmp_path / "fused", loras=[(lora, 1.0)])
+
+
+def test_a_named_transformer_brings_its_own_sampling(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    with_base(own, base_digest(own))
+    export(own, tmp_path / "torch")
+    export(write_tiny_model(tmp_path / "else", seed=5), tmp_path / "elsewhere")
+    parts = {"transformer": str(tmp_path / "torch")}
+    convert(tmp_path / "elsewhere", tmp_path / "out", parts=parts)
+    head = load_config(tmp_path / "out")
+    assert head["sampling"] == load_config(own)["sampling"] and head["base"] == base_digest(own)
+    assert Pipeline.load(tmp_path / "out", "tiny").settings(PROMPT).steps == 4
+    Pipeline.load(tmp_path / "out", "tiny").generate(PROMPT)
+
+
+def test_another_transformer_is_not_drawn_with_the_old_loras(model, tmp_path):
+    """A message says to remove the transformer; its LoRAs and words go with it."""
+    export(model, tmp_path / "torch")
+    out = tmp_path / "out"
+    convert(tmp_path / "torch", out)
+    write_json(out / "words.json", ["cat"])
+    other = write_tiny_model(tmp_path / "other", seed=3)
+    export(other, tmp_path / "new")
+    shutil.rmtree(out / "transformer")
+    with pytest.raises(SnapGenError, match="few_step holds LoRAs of the transformer that was"):
+        convert(tmp_path / "new", out, only=["transformer"])
+    shutil.rmtree(out / "few_step")
+    assert convert(tmp_path / "new", out, only=["transformer"])["status"] == "converted"
+    assert not (out / "few_step").exists() and not (out / "words.json").exists()
+    shutil.rmtree(out / "transformer")
+    write_json(tmp_path / "torch" / "words.json", ["dog"])
+    convert(tmp_path / "torch", out, only=["transformer"])
+    assert known_words(out) == ["dog"]
+    assert np.array_equal(picture(out, "tiny"), picture(model, "tiny"))

@@ -253,6 +253,9 @@ def test_a_folder_of_peft_is_a_lora(model, tmp_path, changes, factor):
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
         ours = fuse_lora(params, load_lora(path, config, None))
         assert_close(ours, updated(params, lora, factor))
+    LoRAFile.read(tmp_path).save(tmp_path / "alone" / "lora.safetensors")
+    ours = fuse_lora(params, load_lora(tmp_path / "alone" / "lora.safetensors", config, None))
+    assert_close(ours, updated(params, lora, factor))
 
 
 @pytest.mark.parametrize(
@@ -473,6 +476,24 @@ def test_convert_with_loras_is_one_conversion_of_its_own(checkpoint, tmp_path):
     for other in ([], ["--lora", str(path)]):
         result = CliRunner().invoke(main, command[:3] + other)
         assert result.exit_code == 1 and "holds another transformer" in result.stderr
+
+
+def test_a_few_step_lora_of_peft_keeps_its_strength(model, tmp_path):
+    """The folder says alpha in a file of its own, which is not copied."""
+    slice_model(model, tmp_path / "cut", "full")
+    export(tmp_path / "cut", tmp_path / "torch")
+    own = {k: v for k, v in random_lora().items() if "time_embed" not in k}
+    lora, peft = own, tmp_path / "peft"
+    peft.mkdir()
+    (peft / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6, "use_rslora": True}))
+    save(peft / "adapter_model.safetensors", lora, lambda p: f"base_model.model.{p}")
+    convert(tmp_path / "torch", tmp_path / "out", few_step_lora=peft)
+    config = load_supernet(tmp_path / "cut")[0]
+    ours, theirs = (load_lora(p, config, 0) for p in (tmp_path / "out" / "few_step", peft))
+    assert ours.keys() == theirs.keys()
+    for name, update in theirs.items():
+        np.testing.assert_allclose(ours[name].b, update.b, rtol=1e-5)
+        assert mx.array_equal(ours[name].a, update.a)
 
 
 def test_convert_refuses_loras_that_do_not_fit(checkpoint, tmp_path):

@@ -75,7 +75,29 @@ def test_what_is_pushed_draws_the_same_and_has_a_card(hub, model, tmp_path):
     assert "| `tiny_decoder` | TinyDecoder |" in card
     assert "2 steps. Options: batch 4, learning rate 0.001." in card
     assert "| tiny | 0.5000 | 0.8750 |" in card and "-m me/dog" in card
-    assert push(model, "me/dog").exit_code == 0  # again
+
+
+def test_what_an_earlier_upload_left_is_gone(hub, model):
+    """An index of shards that are no more would be read before the one file."""
+    left = ["transformer/model.safetensors.index.json", "few_step/tiny.safetensors", "words.json"]
+    foreign = ["notes.md", "samples/cat.png", "eval.json"]
+    hub.pushed["me/dog"] = {name: b"{}" for name in left + foreign}
+    for _ in range(2):
+        assert push(model, "me/dog").exit_code == 0
+        files = hub.pushed["me/dog"]
+        assert not files.keys() & set(left) and files.keys() > {*foreign, "config.json"}
+
+
+def test_the_card_says_what_is_so(model):
+    """Losses of a distillation are no widths, and a folder named a/b is not on the Hub."""
+    with open(model / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss/dmd": 0.1, "loss/critic": 0.2}\n')
+    config = json.loads((model / "config.json").read_text())
+    config["source"] = {"name": "checkpoints/pytorch", "revision": None}
+    (model / "config.json").write_text(json.dumps(config))
+    card = model_card(model, "me/dog")
+    assert "| tiny | 0.5000 |" in card and "dmd" not in card and "critic" not in card
+    assert "base_model" not in card and "Made from checkpoints/pytorch." in card
 
 
 def test_the_card_of_the_embedded_model_names_what_it_draws():

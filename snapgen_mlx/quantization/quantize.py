@@ -13,6 +13,7 @@ import numpy as np
 
 from ..background import WHITE
 from ..config import DiTConfig
+from ..description import stored
 from ..digest import derived_config
 from ..errors import SnapGenError, UsageError, format_bytes
 from ..files import atomic_folder, expand_user, folder_bytes, write_json
@@ -321,8 +322,7 @@ def _short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.arr
 
 def _stored(folder: Path, written: dict) -> dict:
     """Bytes of a part's weight files, by its float weights."""
-    count = sum(prod(info.shape) for info in load_infos(folder).values())
-    size = written["bytes_on_disk"]
+    size, count = written["bytes_on_disk"], stored(folder)["parameters"]
     return {"bytes": size, "bits_per_weight": round(8 * size / count, 3)}
 
 

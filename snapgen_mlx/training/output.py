@@ -47,6 +47,8 @@ def write_model(
         sampling: replaces the model's own; None keeps it.
     """
     try:
+        # Of an earlier result: half of it and half of this one would pass as a model.
+        (output / "config.json").unlink(missing_ok=True)
         for part in model.iterdir():
             if part.is_dir() and part.name not in NOT_COPIED:
                 shutil.copytree(part, output / part.name, dirs_exist_ok=True)

@@ -246,7 +246,7 @@ def load_teacher(folder, student, few_step=None, offload: bool = False) -> Model
 
     def updates(model: Transformer) -> dict[str, Update]:
         if isinstance(config, DiTConfig):
-            return load_lora(few_step, config, len(config.widths) - 1)
+            return load_lora(few_step, config, len(config.widths) - 1, base=folder)
         return load_updates(few_step, layer_shapes(parameter_shapes(model)))
 
     def read(few: bool) -> Transformer:
