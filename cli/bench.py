@@ -52,7 +52,10 @@ def bench(model, geometry, variants, sizes, bits, only, rounds, batch, dtype, fi
     from snapgen_mlx.hub import resolve_model
     from snapgen_mlx.layout import load_config, picture_size
     from snapgen_mlx.loading import load_transformer_config
+    from snapgen_mlx.names import check_place
 
+    if file:
+        check_place(Path(file))
     if model and geometry:
         raise UsageError("give a MODEL or --geometry, not both")
     packed = tuple(int(n) for n in bits) or ((16, 8, 4) if on_gpu() else (16,))

@@ -82,8 +82,10 @@ def plan(
     cannot be met."""
     jobs = []
     for variant in variants:
-        if variant != "auto":
-            pipe.switch(variant)
+        if variant == "auto":
+            sizes = {k: given[k] for k in ("width", "height", "guidance")}
+            variant = pipe.widest(edit is not None, **sizes)
+        pipe.switch(variant)
         for row, prompt in enumerate(prompts):
             for seed in seeds:
                 if edit is None:
@@ -144,7 +146,7 @@ class Drawing:
         notes: dict[str, None] = {}
         for job in self.jobs:
             self.pipe.switch(job.variant)
-            notes |= dict.fromkeys(self.pipe.notes(job.settings))
+            notes |= dict.fromkeys(self.pipe.notes(job.settings, self.edit))
         rows: dict[int, list] = {}
         for i, job in enumerate(self.jobs):
             self.pipe.switch(job.variant)

@@ -52,9 +52,14 @@ def eval(paths, caption, skip_bad, variants, steps, guidance, count, path):
     were asked for, first and among the first five. Concepts are named in metadata.jsonl; else
     pictures with the same caption are one. Models of transparent pictures have the loss alone.
     """
+    from pathlib import Path
+
     from snapgen_mlx.files import write_json
+    from snapgen_mlx.names import check_place
 
     model, data = paths
+    if path:
+        check_place(Path(path))
     names = [name.strip() for name in variants.split(",")] if variants else None
     if data is None:
         if caption or skip_bad:

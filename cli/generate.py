@@ -142,7 +142,7 @@ def generate(
         prompts = prompts or (replay.found["prompt"],)
         variants = variants or (replay.found["variant"],)
         seeds = seeds or (replay.found["seed"],)
-        base = base or not replay.found.get("few_step")
+        asked_base, base = base, base or not replay.found.get("few_step")
         tiny_decoder = tiny_decoder or replay.found.get("tiny_decoder", False)
         dtype = dtype or DTYPES.get(replay.found.get("dtype", ""))
         given = replay.complete(given)
@@ -185,7 +185,7 @@ def generate(
     jobs = plan(pipe, variants or (pipe.variant,), prompts, seeds, edit, given)
     drawing = Drawing(pipe, jobs, place, edit, files, preview, grid, not no_metadata, quiet)
     if replay:
-        for line in replay.check(drawing.metadata(jobs[0])):
+        for line in replay.check(drawing.metadata(jobs[0]), asked_base):
             click.echo(f"note: {line}", err=True)
     drawing.run()
 

@@ -25,8 +25,12 @@ class Replay:
         own = {name: self.found.get(name) for name in (*given, "shift")}
         return own | {k: v for k, v in given.items() if v is not None}
 
-    def check(self, here: dict) -> list[str]:
+    def check(self, here: dict, base: bool) -> list[str]:
         """Compare with the metadata of what is to be drawn.
+
+        Args:
+            here: the metadata.
+            base: whether --base was given.
 
         Returns:
             What may make another picture, one line each.
@@ -37,10 +41,10 @@ class Replay:
         from snapgen_mlx.errors import UsageError
         from snapgen_mlx.ingredients import differences
 
-        if differ := differences(self.found, here):
+        if differ := differences(self.found, here, base):
             raise UsageError(
-                f"{self.source} was drawn with {' and '.join(differ)} than is given here; name its "
-                "own with -m, --lora or --text-encoder, or give the prompt and --seed instead"
+                f"{self.source} was drawn with {' and '.join(differ)}; name its own with -m, "
+                "--lora or --text-encoder, or give the prompt and --seed instead"
             )
         if "digests" not in self.found:
             return [f"{self.source} does not say which weights drew it; these may be others"]

@@ -120,6 +120,10 @@ class Bench:
         first = Pipeline.load(folder, plan.variants[0], dtype=dtype, force=True)
         self.folder, self.config, self.dtype = first.folder, first.dit_config, first.dtype
         self.size = picture_size(first.config)
+        for variant in plan.variants:  # before minutes are spent on others
+            first.switch(variant)
+        for size in plan.sizes:
+            first.settings(PROMPTS[0], width=size, height=size)
         self.rates: list[float] = []
 
     def rows(self) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """Pictures to start from: the whole of one, a part under a mask, or its surroundings."""
 
+import math
 import operator
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 from .errors import UsageError, shown
 
 SEAM = 100  # the longer side divided by the width of the blended seam
+SQUEEZE = 0.05  # change of the logarithm of width / height that is seen
 MAX_SIDE = 8192  # largest side of an edited picture, in pixels
 
 
@@ -34,9 +36,10 @@ class Edit:
         for picture in (image,) if mask is None else (image, mask):
             if not isinstance(picture, Image.Image):
                 raise UsageError(f"image and mask must be PIL's, not {shown(picture)}")
+            _check_sides(picture.size)
         image = ImageOps.exif_transpose(image)
         self.image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        self.mask = None if mask is None else _to_mask(mask)
+        self.mask = None if mask is None else _to_mask(ImageOps.exif_transpose(mask))
         if self.mask is not None and self.mask.size != self.image.size:
             raise UsageError(
                 f"the mask has {_size(self.mask)} pixels and the picture {_size(self.image)}; "
@@ -44,8 +47,6 @@ class Edit:
             )
         if margins is not None:
             self._widen(margins)
-        if max(self.image.size) > MAX_SIDE:
-            raise UsageError(f"a picture of {_size(self.image)} pixels; {MAX_SIDE} a side at most")
         if self.mask is not None and self.mask.getextrema()[1] == 0:
             raise UsageError("the mask is all black; paint white what should be drawn again")
 
@@ -57,6 +58,7 @@ class Edit:
         margins = left, top, right, bottom
         if min(margins) < 0 or sum(margins) == 0 or max(margins) > MAX_SIDE:
             raise UsageError(f"cannot widen a picture by {margins}; give pixels, not all of them 0")
+        _check_sides((self.image.width + left + right, self.image.height + top + bottom))
         pads = ((top, bottom), (left, right))
         # The edge goes on outside, so that the first look at the new part is a likely one.
         pixels = np.pad(np.array(self.image), (*pads, (0, 0)), mode="edge")
@@ -75,6 +77,12 @@ class Edit:
         scale = side / (w * h) ** 0.5
         width, height = (max(round(n * scale / multiple), 1) * multiple for n in (w, h))
         return width, height
+
+    def changes_shape(self, width: int, height: int) -> bool:
+        """Whether the result, drawn with these sides, is visibly wider or narrower than the
+        picture. Under a mask it has the picture's own sides again."""
+        own = self.image.width / self.image.height
+        return self.mask is None and abs(math.log(width / height / own)) > SQUEEZE
 
     def pixels(self, width: int, height: int, channels: int) -> mx.array:
         """The picture as an autoencoder takes it, (1, height, width, channels) in [-1, 1].
@@ -132,9 +140,12 @@ def read_picture(path) -> Image.Image:
     """A picture file, read whole. Raises UsageError when it is none."""
     try:
         with Image.open(path) as image:
+            _check_sides(image.size)
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except UsageError:
+        raise
+    except Exception as e:  # decoders raise almost anything on damaged files
         what = "the file" if hasattr(path, "read") else path
         raise UsageError(f"cannot read {what} as a picture: {e}") from e
 
@@ -146,6 +157,12 @@ def _to_mask(mask: Image.Image) -> Image.Image:
         if np.asarray(alpha).min() < 255:
             return alpha.point(lambda a: 255 if a < 128 else 0)
     return mask.convert("L").point(lambda v: 255 if v >= 128 else 0)
+
+
+def _check_sides(size: tuple[int, int]) -> None:
+    """Before any of so many pixels is made. Raises UsageError."""
+    if max(size) > MAX_SIDE:
+        raise UsageError(f"a picture of {size[0]}x{size[1]} pixels; {MAX_SIDE} a side at most")
 
 
 def _size(image: Image.Image) -> str:

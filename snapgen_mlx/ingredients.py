@@ -40,26 +40,34 @@ def names_of(loras, text_encoder) -> dict:
     return named
 
 
-def differences(found: dict, here: dict) -> list[str]:
-    """What a picture was drawn with that is another one here, in words, such as "another model".
+def differences(found: dict, here: dict, base: bool = False) -> list[str]:
+    """What a picture was drawn with that is not the same here, in words, such as "another model".
 
     Args:
         found: settings of a picture (``read_metadata``).
         here: what a picture that is drawn now would carry (``Pipeline.metadata``). Another width
-            or decoder than the picture's was asked for, and so was what goes with it.
+            or decoder than the picture's was asked for, and so was another of what goes with it.
+        base: whether to draw without a few-step LoRA was asked for.
     """
     before, now = found.get("digests"), here.get("digests", {})
     if before is None:  # of an early version: all that is known is a name
         return ["another model"] if found.get("model") != here.get("model") else []
     words = []
-    how = {"variant": "few-step LoRA", "few_step": "few-step LoRA", "tiny_decoder": "tiny decoder"}
-    asked = {name for k, name in how.items() if found.get(k) != here.get(k)}
+    asked = {"few-step LoRA"} if base else set()
+    if found.get("tiny_decoder") != here.get("tiny_decoder"):
+        asked.add("tiny decoder")
+    has_both = all("few-step LoRA" in digests for digests in (before, now))
+    if found.get("variant") != here.get("variant") and has_both:
+        asked.add("few-step LoRA")
     for name in dict.fromkeys([*before, *now]):
         if before.get(name) != now.get(name) and name not in asked:
-            article = (
-                "another" if name in before and name in now else "a" if name in before else "no"
+            words.append(
+                f"another {name}"
+                if name in before and name in now
+                else f"a {name}, which is not here"
+                if name in before
+                else f"no {name}"
             )
-            words.append(f"{article} {name}")
     scales = [
         [name.rpartition(":")[2] for name in metadata.get("loras", [])]
         for metadata in (found, here)

@@ -13,7 +13,7 @@ from .files import write_json
 from .sheet import save_sheet
 
 STICKER, STICKER_BYTES = 512, 100_000  # side in pixels and bytes of WebP stickers for messengers
-EMOJI, EMOJI_BYTES = 128, 256_000  # side in pixels and bytes of PNG emoji for chats
+EMOJI = 128  # side in pixels of PNG emoji for chats
 ICON_SIZES = (16, 32, 48, 64, 128, 256)
 MARGIN = 0.03  # part of the side that stays free around a sticker
 BACKGROUND = 12  # largest difference within a border that counts as background, of 255

@@ -56,9 +56,7 @@ class Pipeline(Parts):
         self._texts: dict[str, tuple[dict, dict]] = {}
         self.memory = ModelMemory(self.folder, self.vae, self.encoders, self.dtype, self.decoder)
         if variant is None or (isinstance(variant, str) and variant == "auto"):
-            sizes = {"width": width, "height": height, "guidance": guidance}
-            largest = self.settings("any", **sizes, strength=1.0 if editing else None)
-            variant = self.memory.choose(self.request(largest), force)
+            variant = self.widest(editing, width=width, height=height, guidance=guidance)
         self.switch(variant)
         for name, _ in self.widths:  # files are checked now, weights are read when needed
             self.width(name)
@@ -85,6 +83,11 @@ class Pipeline(Parts):
         when nothing fits, SnapGenError for damaged or foreign files.
         """
         return cls(resolve_model(source), variant, **options)
+
+    def widest(self, editing: bool = False, **sizes) -> str:
+        """The widest width that fits into memory with pictures of these sizes and guidance."""
+        largest = self.settings("any", **sizes, strength=1.0 if editing else None)
+        return self.memory.choose(self.request(largest), self.force)
 
     def request(self, s: Settings) -> Request:
         guided = s.guidance != 1
@@ -310,12 +313,18 @@ class Pipeline(Parts):
         s = self.edit_settings(prompt, edit, **settings)
         return edit.finish(self.decode(last_step(self.stream(s, edit)).x, s.background))
 
-    def notes(self, settings: Settings) -> list[str]:
+    def notes(self, settings: Settings, edit: Edit | None = None) -> list[str]:
         """What may surprise about a picture of these settings, one line each: words that the model
-        does not know, a text that is cut, guidance or a size that it was not made for."""
+        does not know, a text that is cut, guidance or a size that it was not made for, a picture to
+        start from that is squeezed."""
         # Qwen-Image was trained for many sizes.
         size = picture_size(self.config) if isinstance(self.dit_config, DiTConfig) else None
         found = notes(settings, self.encoders, size, bool(self.few_steps))
+        if edit and edit.changes_shape(settings.width, settings.height):
+            found.append(
+                f"the picture of {edit.image.width}x{edit.image.height} is drawn as "
+                f"{settings.width}x{settings.height}, which changes its shape; cut it to that shape"
+            )
         excess = self.memory.excess(self.variant, self.request(settings)) if self.force else None
         return [*found, f"--force: {excess}; {MAY_HAPPEN}"] if excess else found
 

@@ -144,6 +144,19 @@ def test_command_prints_and_writes_what_is_documented(model, tmp_path):
     assert CliRunner().invoke(main, [*args, "--bits", "4"]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [("--variant", "fulll"), ("--size", "64", "--size", "100"), ("--json", "text/b.json")],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(model, tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("")
+    monkeypatch.setattr(Bench, "rows", lambda self: pytest.fail("measured"))
+    result = CliRunner().invoke(main, ["bench", str(model), "--variant", "tiny", *wrong])
+    assert result.exit_code == (1 if "--json" in wrong else 2), result.output
+    assert len(result.stderr.splitlines()) == 1 and wrong[-1] in result.stderr
+
+
 def test_collected_table_says_what_is_missing(model, tmp_path):
     file = tmp_path / "b.json"
     args = ["bench", str(model), "--variant", "tiny", "--rounds", "1", "--only", "step"]

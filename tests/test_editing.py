@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from snapgen_mlx import Pipeline
 from snapgen_mlx.cli.main import main
-from snapgen_mlx.editing import Edit, parse_margins
+from snapgen_mlx.editing import Edit, parse_margins, read_picture
 from snapgen_mlx.errors import UsageError
 
 from .tiny import write_tiny_model
@@ -132,9 +133,30 @@ def test_wrong_edits_are_refused():
     for margins in ((0, 0, 0, 0), (-1, 0, 0, 0), (10**6, 0, 0, 0)):
         with pytest.raises(UsageError, match="widen"):
             Edit(image, margins=margins)
+    with pytest.raises(UsageError, match="16448x16448 pixels; 8192 a side at most"):
+        Edit(image, margins=(8192,) * 4)  # before it is made
     for text in ("", "a", "1,2", "1,2,3,4,5", "1.5"):
         with pytest.raises(UsageError, match="margin"):
             parse_margins(text)
+
+
+def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.new("1", (9000, 10)).save(tmp_path / "wide.png")
+    monkeypatch.setattr(PngImageFile, "load", lambda *_: pytest.fail("was decoded"))
+    with pytest.raises(UsageError, match="9000x10 pixels; 8192 a side at most"):
+        read_picture(tmp_path / "wide.png")
+
+
+def test_a_mask_is_turned_as_its_picture(tmp_path):
+    """Both as a phone writes them: on their side, with a note."""
+    exif = Image.Exif()
+    exif[274] = 6  # turn right
+    pair = Image.new("RGB", (64, 32)), mask_of((64, 32), (0, 0, 64, 8))
+    for picture, name in zip(pair, ("image", "mask"), strict=True):
+        picture.save(tmp_path / f"{name}.png", exif=exif)
+    edit = Edit(*(read_picture(tmp_path / f"{name}.png") for name in ("image", "mask")))
+    assert edit.image.size == edit.mask.size == (32, 64)
+    assert edit.mask.getbbox() == (24, 0, 32, 64)
 
 
 @pytest.fixture
@@ -165,6 +187,18 @@ def test_the_command_edits_previews_and_makes_a_grid(run, tmp_path):
     assert len(list((tmp_path / "steps").iterdir())) == 2 * 2 * 3
     grid = Image.open("grid.png")
     assert grid.width > 2 * 64 and grid.height > 2 * 64
+
+
+def test_a_picture_that_would_be_squeezed_is_told(run):
+    Image.new("RGB", (80, 60), "green").save("photo.png")
+    Image.new("RGB", (66, 64), "green").save("nearly.png")
+    mask_of((80, 60), (0, 0, 40, 60)).save("part.png")
+    done = run("a cat", "--image", "photo.png", "-o", "a.png")
+    assert done.exit_code == 0
+    assert "note: the picture of 80x60 is drawn as 64x64, which changes its shape" in done.stderr
+    for given in (("nearly.png",), ("photo.png", "--mask", "part.png")):
+        done = run("a cat", "--image", *given, "-o", "b.png")
+        assert done.exit_code == 0 and "shape" not in done.stderr, done.output
 
 
 @pytest.mark.parametrize(

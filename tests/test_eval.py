@@ -17,7 +17,7 @@ from snapgen_mlx.evaluation import chance, evaluate, ranks, shares
 from snapgen_mlx.hub import embedded_model
 from snapgen_mlx.training.pictures import read_folder
 
-from .tiny import write_tiny_model
+from .tiny import write_sticker_model, write_tiny_model
 
 PROMPTS = ["a red heart", "a green book", "the sun", "a blue car"]
 
@@ -93,6 +93,36 @@ def test_shares():
 
 
 # The command
+
+
+def test_models_of_transparent_pictures_learn_and_are_measured(tmp_path):
+    """From stickers, whose transparency they keep: every command that takes pictures."""
+    folder, pictures = write_sticker_model(tmp_path / "model"), []
+    for image in noise_pictures(3):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        pictures.append(image)
+    rows = [{"text": text} for text in ("a red dog", "a happy cat", "a kitty")]
+    data = write_data(tmp_path / "data", pictures, rows)
+    result = invoke("eval", folder, data, "--json", tmp_path / "figures.json")
+    assert result.exit_code == 0, result.output
+    assert "loss" in json.loads((tmp_path / "figures.json").read_text())["variants"]["tiny"]
+    short = ("--steps", 2, "--batch", 2)
+    lora, out = ("--lora", 2), tmp_path / "lora"
+    result = invoke("finetune", folder, data, "-o", out, *short, *lora)
+    assert result.exit_code == 0, result.output
+    drawn = ("generate", "a cat", "-m", folder, "--lora", out / "lora.safetensors")
+    assert invoke(*drawn, "-o", tmp_path / "cat.png").exit_code == 0
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.mode == "RGBA"
+    kd = ("distill", folder, data, "--method", "kd", "--teacher", folder, "-o", tmp_path / "kd")
+    result = invoke(*kd, *short)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_file_that_cannot_be_written_is_told_first(model, data, tmp_path):
+    (tmp_path / "text").write_text("")
+    line = error(invoke("eval", model, data, "--json", tmp_path / "text" / "x.json"), 1)
+    assert "Not a directory" in line
 
 
 def test_pictures_of_several_shapes(model, tmp_path):

@@ -120,6 +120,25 @@ def test_the_command(model, tmp_path):
     assert ", guided" in command("generate", "-m", model, "--explain", "--base")
 
 
+def test_a_picture_of_few_steps_needs_its_lora(model, tmp_path):
+    """Without it the base would draw something else in so few steps."""
+    few, again = tmp_path / "few.png", tmp_path / "again.png"
+    command("generate", PROMPT, "-m", model, "--variant", "small", "-o", few)
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=lambda *_: ["few_step"])
+    args = ["generate", "-m", str(bare), "--from-metadata", str(few), "-o", str(again)]
+    for more in ([], ["--variant", "tiny"]):
+        result = CliRunner().invoke(main, [*args, *more])
+        assert result.exit_code == 2 and not again.exists(), result.output
+        assert "drawn with a few-step LoRA, which is not here; name" in result.stderr
+    assert CliRunner().invoke(main, [*args, "--base"]).exit_code == 0  # asked for
+
+
+def test_auto_beside_other_widths_is_the_widest(model, tmp_path):
+    given = ["--variant", "tiny", "--variant", "auto", "-o", tmp_path / "{variant}.png"]
+    command("generate", PROMPT, "-m", model, *given)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full.png", "tiny.png"]
+
+
 def test_slices_carry_theirs(model, tmp_path):
     slice_model(model, tmp_path / "small", "small")
     assert [p.name for p in (tmp_path / "small" / "few_step").iterdir()] == ["small.safetensors"]

@@ -147,6 +147,22 @@ def test_a_dropped_picture_gives_its_settings_back(page, tmp_path):
     wait(lambda: "small, seed 11, 3 steps" in page.inner_text("#status"))
 
 
+def test_a_blend_comes_back_and_an_edit_says_what_is_lost(page, tmp_path):
+    pipe = Pipeline.load(None, "tiny")
+    given = dict(seed=4, steps=2, vary="9:0.25")
+    settings, picture = pipe.settings("a ghost", **given), pipe.generate("a ghost", **given)
+    blend = save_picture(picture, tmp_path / "x.png", pipe.metadata(settings))
+    drop(page, blend.read_bytes())
+    wait(lambda: page.input_value("#prompt") == "a ghost")
+    assert page.locator("[name=mode]:checked").get_attribute("value") == "blend"
+    assert page.input_value("#blend-b") == "9" and page.input_value("#blend-amount") == "25"
+    about = pipe.metadata(settings) | {"image": "cat.png", "vary": None}
+    edited = save_picture(picture, tmp_path / "y.png", about)
+    drop(page, edited.read_bytes())
+    wait(lambda: "made from another picture" in page.inner_text("#status"))
+    assert page.locator("[name=mode]:checked").get_attribute("value") == "draw"
+
+
 def test_editing_under_a_painted_mask(page, served):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8))
     file = io.BytesIO()

@@ -16,11 +16,15 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from snapgen_mlx import Pipeline
+from snapgen_mlx.cli.main import main
 from snapgen_mlx.picture_file import read_metadata
 from snapgen_mlx.serve import guard, images
+from snapgen_mlx.serve.engine import Engine
+from snapgen_mlx.serve.gallery import Gallery
 
 from .serving import serving
 from .tiny import write_tiny_model
@@ -182,6 +186,48 @@ def test_edits_keep_what_the_mask_keeps(official, client):
     assert [event.type for event in events] == ["image_edit.completed"]
 
 
+def test_a_kept_edit_is_drawn_again_by_the_command(client, served, model, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    mask = Image.new("L", image.size)
+    mask.paste(255, (0, 0, 32, 64))
+    paths = {k: tmp_path / f"{k}.png" for k in ("image", "mask")}
+    for k, picture in (("image", image), ("mask", mask)):
+        paths[k].write_bytes(png(picture))
+    files = {k: (path.name, path.read_bytes()) for k, path in paths.items()}
+    made = client.post("/v1/images/edits", files=files, data={"prompt": "a cat"}).json()["data"][0]
+    kept = served[1].gallery.folder / made["name"]
+    args = ["generate", "-m", model, "--from-metadata", str(kept), "-o", str(tmp_path / "a.png")]
+    refused = CliRunner().invoke(main, args)
+    assert refused.exit_code == 2 and "was made with --image image.png" in refused.stderr
+    given = [*args, "--image", str(paths["image"]), "--mask", str(paths["mask"])]
+    again = CliRunner().invoke(main, given)
+    assert again.exit_code == 0, again.output
+    with Image.open(tmp_path / "a.png") as ours, Image.open(kept) as theirs:
+        assert (pixels(ours) == pixels(theirs)).all()
+
+
+def test_pictures_deleted_by_others_are_gone(client, served):
+    made = client.post(GENERATIONS, json={"prompt": "a lonely cat"}).json()["data"][0]["name"]
+    (served[1].gallery.folder / made).unlink()
+    failed(client.get(f"/gallery/{made}"), 404)
+    failed(client.get("/gallery.zip", params={"name": made}), 404)
+    assert client.get("/gallery", params={"search": "lonely"}).json()["total"] == 0
+
+
+def test_widths_that_do_not_fit_beside_each_other(model, tmp_path, monkeypatch):
+    """Each fits alone. Those that were not used for longest make room."""
+    engine = Engine({"model": model}, Gallery(tmp_path))
+    full = engine._pipeline("model", None)
+    engine.models["model"] = {"variant": full.variant}
+    need = full.memory.predict("full", full.request(full.settings("any"))).peak
+    monkeypatch.setattr("snapgen_mlx.serve.engine.usable_memory", lambda: need + 1000)
+    engine._pipeline("model", "tiny")
+    assert list(engine._pipelines) == [("model", "tiny")]
+    monkeypatch.setattr("snapgen_mlx.serve.engine.usable_memory", lambda: 10 * need)
+    engine._pipeline("model", "small")
+    assert list(engine._pipelines) == [("model", "tiny"), ("model", "small")]
+
+
 @pytest.mark.parametrize(
     ("files", "fields"),
     [
@@ -194,6 +240,7 @@ def test_edits_keep_what_the_mask_keeps(official, client):
         ({"image": "good"}, {"strength": "much"}),
         ({"image": "good"}, {"outpaint": "-5"}),
         ({"image": "good"}, {"outpaint": "99999"}),
+        ({"image": "good"}, {"outpaint": "8192"}),
         ({"image": "good"}, {"colour": "red"}),
     ],
 )
@@ -381,6 +428,17 @@ def test_full_queue_and_graceful_stop(one_place):
     held.set()
     first.join()
     assert first_out["response"].status_code == 200
+
+
+def test_a_stop_ends_a_request_after_its_picture(one_place):
+    client, engine, held, drawing = one_place
+    thread, out = in_background(client, n=3)
+    assert drawing.wait(20)
+    engine.stop()
+    held.set()
+    thread.join()
+    failed(out["response"], 503)
+    assert len(engine.gallery) == 1
 
 
 def test_late_pictures(one_place):

@@ -191,6 +191,20 @@ def test_merged_gradients_are_autograds(subnets):
             total += metrics[f"w/{config.variants[i]}"] * own
         return total
 
+    # w compares each width's own gradient with the full width's own, whatever else is added.
+    def norm(i, within):
+        def alone(params):
+            v = velocity(params, i)
+            own = (v - target).square().mean()
+            return own if i == FULL else own + 0.7 * (v - v_full).square().mean()
+
+        cut = slice_flat(mx.grad(alone)(toy_params(config)), config, within)
+        return global_norm({k: g for k, g in cut.items() if bank_index(k) is None}).item()
+
+    v_full = velocity(toy_params(config), FULL)
+    for i in subnets:
+        ratio = min(max(norm(FULL, i) / norm(i, i), 0.2), 5)
+        assert metrics[f"w/{config.variants[i]}"] == pytest.approx(ratio, rel=1e-3)
     expected = mx.grad(loss)(toy_params(config))
     scale = max(mx.abs(g).max().item() for g in expected.values())
     for k, g in expected.items():

@@ -8,6 +8,7 @@ import re
 import runpy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -427,6 +428,8 @@ def test_pictures_are_measured_upright(tmp_path):
 class ToyVAE:
     """Means of 8 x 8 pixels; counts the pictures it has encoded."""
 
+    config = SimpleNamespace(image_channels=3)
+
     def __init__(self):
         self.loaded, self.encoded = 0, 0
 
@@ -448,6 +451,22 @@ def collect(records):
             seen.append(next(records))
         except StopIteration as e:
             return e.value, seen
+
+
+def test_transparent_pictures_keep_their_transparency(tmp_path):
+    """Premultiplied, scaled without fringes; a photo is opaque."""
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, 8:] = (200, 100, 0, 128)
+    pixels[:, :8, 1] = 255  # what nobody sees
+    Image.fromarray(pixels).save(tmp_path / "sticker.png")
+    Image.new("RGB", (16, 16), (200, 100, 0)).save(tmp_path / "photo.png")
+    got = (load_image(tmp_path / "sticker.png", (8, 8), channels=4) + 1) * 127.5
+    assert got.shape == (8, 8, 4) and np.abs(got[:, 0]).max() == 0
+    np.testing.assert_allclose(got[0, 7], np.array((200, 100, 0, 255)) * 128 / 255, atol=1)
+    assert (got[..., :3] <= got[..., 3:] + 1e-3).all() and got[..., 1].max() <= 51
+    opaque = load_image(tmp_path / "photo.png", (8, 8), channels=4)
+    assert (opaque[..., 3] == 1).all()
+    assert np.array_equal(opaque[..., :3], load_image(tmp_path / "photo.png", (8, 8)))
 
 
 def test_latents_are_encoded_once(tmp_path):

@@ -6,7 +6,12 @@ from mlx.utils import tree_flatten
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.files import write_json
 from snapgen_mlx.layout import FORMAT
-from snapgen_mlx.models.autoencoder import SnapGenAutoencoder, SnapGenAutoencoderConfig
+from snapgen_mlx.models.autoencoder import (
+    SnapGenAutoencoder,
+    SnapGenAutoencoderConfig,
+    StickerAutoencoder,
+    StickerAutoencoderConfig,
+)
 from snapgen_mlx.models.elastic import random_supernet
 from snapgen_mlx.models.word_tokens import UNKNOWN
 from snapgen_mlx.tensors.weights import save_tensors
@@ -28,6 +33,21 @@ def tiny_config(**changes) -> DiTConfig:
         bna_blocks=4,
     )
     return DiTConfig(**sizes | changes)
+
+
+STICKER_VAE = {
+    **{"channels": [8, 8], "encoder_blocks": [1, 1], "decoder_blocks": [1, 1]},
+    **{"plain_stages": 1, "latent_channels": 16},
+}
+
+
+def write_sticker_model(folder):
+    """A tiny model of transparent pictures."""
+    write_tiny_model(folder)
+    vae = StickerAutoencoder(StickerAutoencoderConfig.from_dict(STICKER_VAE))
+    write_json(folder / "vae" / "config.json", {"_class_name": "StickerAutoencoder", **STICKER_VAE})
+    save_tensors(folder / "vae", dict(tree_flatten(vae.parameters())))
+    return folder
 
 
 def write_tiny_model(folder, seed: int = 0, **changes):

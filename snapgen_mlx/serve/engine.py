@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 from PIL import Image
 
+from ..device import usable_memory
 from ..editing import Edit
 from ..errors import SnapGenError, UsageError
 from ..pipeline import Pipeline
@@ -77,6 +78,7 @@ class Job:
         model, variant: None for the first model, and for the widest width that fits.
         given: settings of a picture beside prompt and seed; None for the model's own.
         edit: a picture to start from.
+        files: what the metadata say of it.
         previews: how many steps of a picture come with a preview.
         keep: whether finished pictures go into the gallery.
     """
@@ -88,6 +90,7 @@ class Job:
     variant: str | None = None
     given: dict = field(default_factory=dict)
     edit: Edit | None = None
+    files: dict = field(default_factory=dict)
     previews: int = 0
     keep: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -207,9 +210,8 @@ class Engine:
         if key in self._pipelines:
             self._pipelines.move_to_end(key)
             return self._pipelines[key]
-        while len(self._pipelines) >= PIPELINES:
-            self._pipelines.popitem(last=False)[1].free("dit", "vae", "encoders")
         pipe = Pipeline.load(self.sources[name], key[1], dtype=self.dtype)
+        self._make_room(pipe)
         for (other, _), loaded in self._pipelines.items():
             if other == name:  # the widths of a model share all but the transformer
                 pipe.vae, pipe.encoders = loaded.vae, loaded.encoders
@@ -217,6 +219,19 @@ class Engine:
             mx.eval(weight)
         self._pipelines[name, pipe.variant] = pipe
         return pipe
+
+    def _make_room(self, pipe: Pipeline) -> None:
+        """Free those that were not used for longest: beside what is held, ``pipe`` must fit too."""
+        need = pipe.memory.predict(pipe.variant, pipe.request(pipe.settings("any"))).peak
+
+        def held() -> int:
+            loaded = self._pipelines.values()
+            return sum(a.nbytes for p in loaded for a in flat_parameters(p.dit).values())
+
+        while len(self._pipelines) >= PIPELINES or (
+            self._pipelines and held() + need > usable_memory()
+        ):
+            self._pipelines.popitem(last=False)[1].free("dit", "vae", "encoders")
 
     def _draw(self, job: Job) -> None:
         if job.cancelled.is_set():
@@ -232,9 +247,11 @@ class Engine:
             for prompt in job.prompts
             for seed in job.seeds
         ]
-        notes = [pipe.notes(settings) for settings in wanted]
+        notes = [pipe.notes(settings, job.edit) for settings in wanted]
         pipe.prepare(wanted)
         for number, settings in enumerate(wanted):
+            if self._stopping and number:
+                raise Stopping("the server is stopping")
             started = time.perf_counter()
             steps = max(1, settings.steps - settings.skipped_steps)
             for step in pipe.stream(settings, job.edit):
@@ -252,8 +269,8 @@ class Engine:
                 image = job.edit.finish(image)
             seconds = time.perf_counter() - started
             metadata = pipe.metadata(settings)
-            if job.edit is not None:
-                metadata["image"] = "a picture that was sent"
+            digests = metadata["digests"] | job.files.get("digests", {})
+            metadata |= job.files | {"digests": digests}
             name = self.gallery.add(image, metadata) if job.keep else None
             job.emit(Picture(number, image, metadata, seconds, name, notes[number]))
 

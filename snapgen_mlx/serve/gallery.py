@@ -51,6 +51,7 @@ class Gallery:
     def list(self, search: str = "", offset: int = 0, limit: int = 100) -> tuple[list[dict], int]:
         """Pictures whose prompts have all words of ``search``: (a part of them, their number)."""
         words = search.lower().split()
+        self._forget()
         with self._lock:
             found = [
                 {"name": name, **settings}
@@ -61,7 +62,16 @@ class Gallery:
 
     def path(self, name: str) -> Path | None:
         """The file of a picture; None when there is none of this name."""
-        return self.folder / name if name in self._settings else None
+        path = self.folder / name
+        if name in self._settings and not path.is_file():
+            self._forget()
+        return path if name in self._settings else None
+
+    def _forget(self) -> None:
+        """Leave out pictures whose files were deleted by somebody else."""
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        with self._lock:
+            self._settings = {k: v for k, v in self._settings.items() if k in there}
 
     def remove(self, name: str) -> bool:
         """Delete a picture for good. Returns whether there was one."""

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
+from hashlib import file_digest
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -139,11 +140,16 @@ async def edits(request: Request):
         ) from e
     margins = parse_margins(fields.outpaint) if fields.outpaint else None
 
-    def edit():
+    def read() -> tuple[Edit, dict]:
+        digests = {k: file_digest(upload.file, "sha256") for k, upload in files.items()}
         pictures = {k: read_picture(upload.file) for k, upload in files.items()}
-        return Edit(pictures["image"], pictures.get("mask"), margins)
+        said: dict[str, Any] = {k: upload.filename or k for k, upload in files.items()}
+        said |= {"outpaint": fields.outpaint} if fields.outpaint else {}
+        said["digests"] = {k: digest.hexdigest()[:16] for k, digest in digests.items()}
+        return Edit(pictures["image"], pictures.get("mask"), margins), said
 
-    return await answer(fields, request, "image_edit", edit=await asyncio.to_thread(edit))
+    edit, said = await asyncio.to_thread(read)
+    return await answer(fields, request, "image_edit", edit=edit, files=said)
 
 
 async def answer(fields: Generation, request: Request, kind: str, **more):

@@ -59,8 +59,9 @@ def encode_images(
 ) -> np.ndarray:
     """Normalised latents (N, h, w, C) float32 of the pictures, scaled to ``size`` (H, W)."""
     out, batch = [], max(1, ENCODE_PIXELS // math.prod(size))
+    channels = vae.config.image_channels
     for i in range(0, len(files), batch):
-        images = np.stack([load_image(f, size, mirror) for f in files[i : i + batch]])
+        images = np.stack([load_image(f, size, mirror, channels) for f in files[i : i + batch]])
         out.append(np.array(vae.encode(mx.array(images)).astype(mx.float32)))
     return np.concatenate(out)
 

@@ -143,9 +143,10 @@ class ElasticTrainer:
             losses, grads = ({k: a / len(parts) for k, a in d.items()} for d in (losses, grads))
         return mean_over_processes(losses), mean_over_processes(grads), velocities
 
-    def _merge(self, index, grads, sub, ratio):
-        """Adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|), clipped."""
-        own = shared(slice_flat(grads, self.config, index))
+    def _merge(self, index, total, full, sub, ratio):
+        """``total`` with ``sub`` by adaptive scaling [our choice]: w = EMA(|g_full| / |g_s|),
+        clipped."""
+        own = shared(slice_flat(full, self.config, index))
         theirs = shared(sub)
         n_full, n_sub = global_norm(own), global_norm(theirs)
         now = n_full / mx.maximum(n_sub, 1e-12)
@@ -153,7 +154,7 @@ class ElasticTrainer:
         weight = mx.clip(ratio, *RATIO_RANGE) if self.options.adaptive else mx.array(1.0)
         cosine = sum((own[k] * theirs[k]).sum() for k in own) / mx.maximum(n_full * n_sub, 1e-12)
         sub = {k: weight * g for k, g in sub.items()}
-        return scatter_add(grads, sub, self.config, index), ratio, weight, cosine
+        return scatter_add(total, sub, self.config, index), ratio, weight, cosine
 
     def draw(self, rng, key: mx.array, shape: tuple) -> tuple[dict[str, mx.array], list[int]]:
         """A step's noise for a batch of latents of ``shape``, and the narrower widths it trains."""
@@ -191,15 +192,17 @@ class ElasticTrainer:
         names = self.config.variants
         losses, grads, v_full = self._pass(self.full, parts, guides)
         metrics = {f"{k}/{names[self.full]}": a for k, a in losses.items()}
-        grads = self._into_bank(grads)
+        full = self._into_bank(grads)
+        grads = full
         guides = [g | {"v_full": v} for g, v in zip(guides, v_full, strict=True)]
         for i in subnets:
             losses, sub, _ = self._pass(i, parts, guides)
             grads, self.ratios[str(i)], weight, cosine = self._merges[i](
-                grads, sub, self.ratios[str(i)]
+                grads, full, sub, self.ratios[str(i)]
             )
             metrics |= {f"{k}/{names[i]}": a for k, a in losses.items()}
             metrics |= {f"w/{names[i]}": weight, f"cos/{names[i]}": cosine}
+        del full
         metrics["grad"] = self.weights.update(grads)
         mx.eval(self.state(), metrics)
         return metrics

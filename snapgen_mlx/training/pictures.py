@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: found, checked, and read as RGB."""
+"""A folder of pictures with captions: found, checked, and read as RGB or with transparency."""
 
 import hashlib
 import io
@@ -173,9 +173,9 @@ def _reason(e: Exception) -> str:
     return " ".join(text.split())
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of any mode: turned as EXIF says, 16 bits scaled, colours as the profile in the
-    file says, transparency on white."""
+def upright(image: Image.Image) -> Image.Image:
+    """8-bit sRGB of any mode, with its transparency: turned as EXIF says, 16 bits scaled, colours
+    as the profile in the file says."""
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
@@ -185,8 +185,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels are not read; save it with 8 or 16 bits")
     if profile:
         image = _to_srgb(image, profile)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As of ``upright``, transparency on white."""
+    image = upright(image)
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
@@ -208,15 +213,28 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     return out
 
 
-def load_image(path, size: tuple[int, int], mirror: bool = False) -> np.ndarray:
-    """RGB float32 (H, W, 3) in [-1, 1], scaled to cover ``size`` (H, W) and cut at the centre."""
+def load_image(path, size: tuple[int, int], mirror: bool = False, channels: int = 3) -> np.ndarray:
+    """A picture as an autoencoder takes it, scaled to cover ``size`` and cut at the centre.
+
+    Args:
+        path: of the file.
+        size: (H, W).
+        mirror: turn left and right.
+        channels: 3 for a picture on white; 4 for premultiplied red, green and blue, and alpha.
+
+    Returns:
+        float32 (H, W, channels) in [-1, 1].
+    """
     try:
         with _open(path) as image:
-            image = to_rgb(image)
+            image = to_rgb(image) if channels == 3 else upright(image).convert("RGBA")
             if image.size != size[::-1]:
                 image = ImageOps.fit(image, size[::-1])
             if mirror:
                 image = ImageOps.mirror(image)
-            return np.asarray(image, dtype=np.float32) / 127.5 - 1
+            pixels = np.array(image, dtype=np.float32)
+            if channels == 4:
+                pixels[..., :3] *= pixels[..., 3:] / 255
+            return pixels / 127.5 - 1
     except Exception as e:  # decoders raise almost anything on damaged files
         raise SnapGenError(f"cannot read the picture {path}: {_reason(e)}") from e

@@ -141,6 +141,8 @@ class TrainingMemory:
         """Peak bytes of a step on ``batch`` pictures (those of one process)."""
         trained = 4 * self._trained(options)
         gradients = trained * (2 if options.accumulate > 1 else 1)
+        if getattr(options, "subnets", "one") == "all" and len(self.config.widths) > 2:
+            gradients += trained  # the full width's own, to which each narrower one is compared
         part = -(-batch // options.accumulate)
         passes = []
         for i, (config, weights) in enumerate(self._widths):

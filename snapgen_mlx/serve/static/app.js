@@ -14,6 +14,7 @@ const mode = () => document.querySelector("[name=mode]:checked").value;
 const variant = () => document.querySelector("[name=variant]:checked")?.value ?? null;
 const model = () => state.models.find((m) => m.id === $("model").value);
 const number = (id) => ($(id).value === "" ? null : Number($(id).value));
+const side = (id) => number(id) ?? Number($(id).placeholder);
 
 function say(text, isError = false) {
   $("status").textContent = text;
@@ -31,7 +32,7 @@ function fields(keep) {
     n: mode() === "draw" ? number("count") ?? 1 : 1,
     steps: number("steps"),
     guidance: number("guidance"),
-    size: number("width") && number("height") ? `${number("width")}x${number("height")}` : "auto",
+    size: number("width") || number("height") ? `${side("width")}x${side("height")}` : "auto",
     negative: $("negative").value.trim() || null,
     partial_images: state.seconds > FAST ? 20 : 0,
     keep,
@@ -85,6 +86,7 @@ function suggest() {
   }));
 }
 
+// Fill in the form; returns what of the settings it cannot hold.
 function apply(settings) {
   $("prompt").value = settings.prompt;
   const radio = [...document.querySelectorAll("[name=variant]")]
@@ -93,7 +95,21 @@ function apply(settings) {
   for (const name of [...own, "seed"]) $(name).value = settings[name] ?? "";
   $("negative").value = settings.negative ?? "";
   $("count").value = 1;
-  setMode("draw");
+  if (settings.vary) {
+    const [seed, amount] = settings.vary.split(":");
+    $("blend-b").value = seed;
+    $("blend-amount").value = 100 * amount;
+  }
+  setMode(settings.vary ? "blend" : "draw");
+  if (settings.image) return "It was made from another picture, and this is drawn from words alone.";
+  return radio ? "" : `It was drawn at ${settings.variant}, and this at ${variant()}.`;
+}
+
+async function again(settings) {
+  const note = apply(settings);
+  clearTimeout(timer);
+  await run(false);
+  if (note) say(`Note: ${note}`);
 }
 
 // ---- the pictures
@@ -275,8 +291,7 @@ async function openForEditing(blob) {
 async function dropped(file) {
   const { settings } = await askJson("/settings", { method: "POST", body: file });
   if (!settings) return openForEditing(file); // any other picture
-  apply(settings);
-  return run(false);
+  return again(settings);
 }
 
 // ---- events
@@ -351,7 +366,7 @@ async function start() {
   $("model-choice").hidden = state.models.length < 2;
   chooseModel();
   liveChanged();
-  await gallery.start((picture) => { apply(picture); run(false); scrollTo({ top: 0, behavior: "smooth" }); });
+  await gallery.start((picture) => { again(picture); scrollTo({ top: 0, behavior: "smooth" }); });
   $("prompt").focus();
 }
 start().catch((e) => say(e.message, true));
