@@ -31,7 +31,7 @@ OF_TEACHER = ("teacher", "offload", "lora", "checkpoint", "explain")
 OF_KD = ("validation", "subnets", "teacher_cache")
 OF_KDMD = ("variant", "few_step_lora", "loss", "critic_steps", "guidance", "noised_real", "fuse")
 OTHERS = {"kd": OF_KDMD, "kdmd": OF_KD}
-OTHERS["decoder"] = (*OF_TEACHER, *OF_KD[1:], *OF_KDMD)
+OTHERS["decoder"] = (*OF_TEACHER, *OF_KD[1:], *OF_KDMD, "force")
 DEFAULTS = {"kd": 1e-4, "kdmd": 5e-5, "decoder": 5e-4}  # learning rates
 
 

@@ -20,7 +20,7 @@ from .replay import Replay
 )
 @click.option("--steps", type=int, help="Denoising steps (default: the model's).")
 @click.option("--guidance", type=float, help="Classifier-free guidance (default: the model's).")
-@click.option("--negative", help="What the picture should not show; needs guidance above 1.")
+@click.option("--negative", help="What the picture should not show; needs guidance other than 1.")
 @click.option("--width", type=int, help="Pixels, a multiple of 64 (default: the model's).")
 @click.option("--height", type=int, help="Pixels, a multiple of 64 (default: the model's).")
 @click.option(
@@ -83,7 +83,7 @@ from .replay import Replay
 @click.option(
     "--low-ram", is_flag=True, help="Keep only one part of the model in memory at a time; slower."
 )
-@click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only notes and errors.")
 @click.option(
     "--explain", is_flag=True, help="Print the memory that each width needs, and draw nothing."
 )

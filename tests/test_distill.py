@@ -890,6 +890,7 @@ def test_requests_that_cannot_be_met(material, tmp_path):
     for options, code, message in (
         ({"method": "kd", "variant": "tiny"}, 2, "--variant is not for --method kd"),
         ({"method": "kdmd", "subnets": "all"}, 2, "--subnets is not for --method kdmd"),
+        ({"method": "decoder", "force": True}, 2, "--force is not for --method decoder"),
         ({"method": "kdmd", "loss": "dmd", "variant": "huge"}, 2, "no variant 'huge'"),
         ({"method": "kdmd", "teacher": tmp_path / "none"}, 1, "no such file or folder"),
         ({"method": "kd", "batch": 3, "accumulate": 2}, 2, "does not divide into 2 parts\n"),
