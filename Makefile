@@ -138,7 +138,7 @@ $(E)/base/config.json: | $(E)/text_encoder/config.json
 
 # The sticker model (docs/embedded.md). Scenes are encoded beside the training, which waits for them.
 S := runs/stickers
-SHARDS = 48
+SHARDS = 69
 PRETRAIN = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
   $(BIN)/python -m recipes.pretrain.train
 
@@ -148,9 +148,10 @@ $(S)/model/config.json: $(S)/torch/model_index.json
 	$(RUN) $(BIN)/snapgen-mlx convert $(S)/torch $(S)/model
 
 $(S)/torch/model_index.json: | $(S)/data/heldout.safetensors $(S)/words/config.json
-	$(PYTHON_M) recipes.embedded.latents $(S)/sprites $(S)/vae $(S)/data --shards 0:$(SHARDS) & \
 	$(PRETRAIN) --data $(S)/data --out $(S)/run --config recipes/pretrain/stickers.json \
-	  --words $(S)/words --vae $(S)/vae; status=$$?; wait; exit $$status
+	  --words $(S)/words --vae $(S)/vae & training=$$!; failed=0; \
+	$(PYTHON_M) recipes.embedded.latents $(S)/sprites $(S)/vae $(S)/data --shards 0:$(SHARDS) || \
+	  { failed=1; kill $$training; }; wait $$training || failed=1; exit $$failed
 	mkdir -p $(S)/parts/vae
 	cp $(S)/vae/config.json $(S)/vae/diffusion_pytorch_model.safetensors $(S)/parts/vae
 	$(PYTHON_M) recipes.pretrain.export $(S)/run $(S)/torch --parts $(S)/parts

@@ -156,7 +156,7 @@ def measure(size: int, layers: int) -> None:
         return teacher.outputs(x, t, text, masks, few_step=True)
 
     def student_grads():
-        return trainer._student_grads(student.params, guide, x, t, text, masks)
+        return trainer._losses(guide, x, t, text, masks)
 
     def critic_grads():
         eps = noise["eps/critic"]

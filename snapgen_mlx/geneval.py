@@ -183,7 +183,12 @@ class Score:
         return sum(self.right[k] for k in keys) / drawn if drawn else None
 
     def overall(self, held_out: bool | None = None) -> float | None:
-        """The mean over GenEval's six tasks, of those of which any picture was drawn."""
-        shares = [self.share(task, held_out) for task in TASKS]
+        """The mean over GenEval's six tasks, of those of which any picture was drawn; for seen or
+        held-out combinations alone, of those that have both, so that the two can be compared."""
+        tasks: list[str] = list(TASKS)
+        if held_out is not None:
+            both = [{(task, True), (task, False)} <= self.drawn.keys() for task in tasks]
+            tasks = [task for task, has_both in zip(tasks, both, strict=True) if has_both]
+        shares = [self.share(task, held_out) for task in tasks]
         known = [share for share in shares if share is not None]
         return sum(known) / len(known) if known else None

@@ -140,7 +140,7 @@ def test_scores():
         score.add(replace(prompt, task=task, held_out=held), bool(right))
     assert (score.share("colors"), score.share("colors", True)) == (0.5, 1.0)
     assert score.share("counting") is None
-    assert (score.overall(), score.overall(False), score.overall(True)) == (0.75, 0.5, 1.0)
+    assert (score.overall(), score.overall(False), score.overall(True)) == (0.75, 0.0, 1.0)
 
 
 ROW = {"tag": "colors", "prompt": "a red cat", "include": [{"class": "cat", "count": 1}]}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_resume_is_bit_equal(data, tmp_path, optimizer):
     whole = finished(data, tmp_path, "whole", changes)
     parts = finished(data, tmp_path, "parts", changes | {"steps": 4}, changes)
     assert records(parts) == records(whole)
-    assert sum("validation/1" in r for r in records(whole)) == 2
+    assert sum("heldout/1" in r for r in records(whole)) == 2
     a, b = states.load(parts), states.load(whole)
     assert a["step"] == b["step"] == 6
     for part in ("params", "ema"):
@@ -419,6 +420,50 @@ def test_unknown_optimizer(data, tmp_path, capsys):
     assert "'adam' or 'muon'" in capsys.readouterr().err
 
 
+def test_all_shards_that_are_there_at_the_start(data, tmp_path):
+    """And no more after a break, when others came: the samples of a step stay the same."""
+    changes = {"first_shards": None, "final_rate": 1}
+    whole = finished(data, tmp_path, "whole", changes)
+    assert states.load(whole)["first_shards"] == 2
+    finished(data, tmp_path, "parts", changes | {"steps": 4})
+    write_shard(data, "shard-00002", 2)
+    parts = finished(data, tmp_path, "parts", changes)
+    assert records(parts) == records(whole)
+
+
+def test_no_shards_are_an_error(data, tmp_path, capsys):
+    for file in data.glob("shard-*"):
+        file.unlink()
+    config = write_config(tmp_path / "c.json", first_shards=None)
+    assert run(data, tmp_path / "run", config) == 1
+    assert "holds no shards" in capsys.readouterr().err
+
+
+def test_both_validation_files_are_measured(data, tmp_path):
+    write_shard(data, "validation", 8)
+    folder = finished(data, tmp_path, "run", {"final_rate": 1})
+    (first, *_) = [r for r in records(folder) if "heldout/1" in r]
+    assert {"validation/0.375", "validation/1"} < set(first)
+    assert first["validation/1"] != first["heldout/1"]
+
+
+def test_the_recipe_makes_as_many_shards_as_its_training_reads():
+    root = Path(__file__).parents[1]
+    o = json.loads((root / "recipes" / "pretrain" / "stickers.json").read_text())["training"]
+    needed = o["first_shards"] + (o["steps"] - 1) // o["steps_per_shard"]
+    assert f"\nSHARDS = {needed}\n" in (root / "Makefile").read_text()
+
+
+def test_times_are_spread_over_a_batch(data):
+    """Each of equal parts of the distribution has one, whatever the seed."""
+    source = shards(data, first=2, every=0)
+    source.missing(0)
+    t = source.batch(0, 64, slice(64), 2, 0.1, 3.0).t
+    u = t / (3 - 2 * t)
+    parts = torch.special.ndtr(torch.logit(u.double())).sort().values * 64
+    assert (parts.floor() == torch.arange(64)).all()
+
+
 def test_trials(data, tmp_path, capsys):
     config, out = write_config(tmp_path / "c.json", steps=None), tmp_path / "out"
     file = tmp_path / "trials.json"
@@ -429,7 +474,7 @@ def test_trials(data, tmp_path, capsys):
     assert trials.main(args) == 0
     printed = capsys.readouterr().out
     rows = [line.split(" steps ") for line in printed.splitlines()]
-    assert [name for name, _ in rows] == list(listed) and "validation/0.375" in printed
+    assert [name for name, _ in rows] == list(listed) and "heldout/0.375" in printed
     rates = [json.loads((out / f"{n}.config.json").read_text())["training"] for n in listed]
     assert [r["learning_rate"] for r in rates] == [1e-4, 1e-2]
     assert trials.main(args) == 0 and capsys.readouterr().out == printed  # none is run again

@@ -58,6 +58,13 @@ def test_boxes_hold_what_is_seen(world, kind):
         assert not (scene.image[..., 3] > 24)[~seen].any()
 
 
+def test_a_concept_named_by_a_colour_is_one_of_that_colour(world):
+    """Otherwise "an orange book", a held-out pair, would be trained as a concept's name."""
+    assert world._colored(scenes.Thing("orange book", "3d")) == [("book", "orange")]
+    assert world._colored(scenes.Thing("cat", "3d", "red")) == [("cat", "red")]
+    assert not world._colored(scenes.Thing("orange", "3d"))
+
+
 def test_tidy_things_meet_the_patches_in_one_way():
     rng, met = random.Random(0), set()
     for n, relation in [(1, None), (2, "left of"), (2, "above"), (3, None), (4, None)]:

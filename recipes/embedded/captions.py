@@ -34,8 +34,8 @@ COLORED = {
     "heldout": ["{name} colored {color}"],
 }
 BACKGROUND_WORDS = {
-    "train": ["{} on a {color} background", "{}, {color} background"],
-    "heldout": ["{} in front of a {color} background"],
+    "train": ["{} on {a_color} background", "{}, {color} background"],
+    "heldout": ["{} in front of {a_color} background"],
 }
 
 
@@ -108,5 +108,7 @@ class Captions:
         elif rng.random() < 0.2:
             text = rng.choice(FRAMES[split]).format(text)
         if background:
-            text = rng.choice(BACKGROUND_WORDS[split]).format(text, color=background)
+            text = rng.choice(BACKGROUND_WORDS[split]).format(
+                text, color=background, a_color=article(background)
+            )
         return text

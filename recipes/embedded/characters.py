@@ -115,6 +115,7 @@ EXTRAS = {
     },
 }
 BEARDS = {"a beard": ["full", "full2", "full3"], "a mustache": ["moustache1", "moustache4"]}
+UNCOLORED = {"no", "a shaved head", "a beanie", "a turban"}  # their captions name no hair colour
 LONG_HAIR = {"long", "bobbed", "long wavy", "braided", "a bun", "a hijab", "long curly"}
 
 
@@ -138,7 +139,8 @@ def character(rng: random.Random, split: str) -> tuple[np.ndarray, str]:
         hair = rng.choice(sorted(HAIR[name]))
         color = "black" if hair in BLACK[name] else rng.choice(sorted(HAIR_COLORS))
         mood = rng.choice(sorted(MOODS[name]))
-        if held_out("character", hair, color, mood) == (split == "heldout"):
+        told = None if hair in UNCOLORED else color
+        if held_out("character", hair, told, mood) == (split == "heldout"):
             break
     extra = rng.choice(sorted(EXTRAS[name])) if rng.random() < 0.4 else None
     skin = rng.choice(SKINS[name])

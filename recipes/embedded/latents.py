@@ -26,7 +26,7 @@ from .autoencoder import load_autoencoder
 from .scenes import World
 
 SHARD = 4096  # scenes
-HELD_OUT = 1024  # scenes of held-out combinations, for validation
+FIXED = 1024  # scenes for validation, of held-out combinations and of others
 BATCH = 32
 
 
@@ -69,12 +69,13 @@ def main(argv=None) -> None:
     parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
     parser.add_argument("out", type=Path, help="folder of shards")
     parser.add_argument("--shards", type=span, default=range(0), help="numbers, such as 0:16")
-    parser.add_argument("--heldout", action="store_true", help="make the validation shard")
+    parser.add_argument("--heldout", action="store_true", help="make the two for validation")
     args = parser.parse_args(argv)
     if not args.shards and not args.heldout:
         raise UsageError("say what to make: --shards 0:16, --heldout, or both")
     world, autoencoder = World.load(args.sprites), load_autoencoder(args.vae)
-    jobs = [("heldout", HELD_OUT, "heldout")] if args.heldout else []
+    fixed = [("validation", FIXED, "train"), ("heldout", FIXED, "heldout")]
+    jobs = fixed if args.heldout else []
     jobs += [(f"shard-{i:05d}", SHARD, "train") for i in args.shards]
     for name, size, split in jobs:
         if (args.out / f"{name}.safetensors").exists():

@@ -23,7 +23,7 @@ from .colors import COLORS, recolor
 from .concepts import with_article
 from .layout import SIZE, Box, loose, tidy
 from .sprites import STYLES, Sprites
-from .things import OPPOSITE, RELATIONS, THINGS, held_out
+from .things import OPPOSITE, RELATIONS, THINGS, article, held_out
 
 KINDS = ("single", "two", "count", "color", "position", "attribution", "character")
 BACKGROUNDS = {
@@ -201,7 +201,7 @@ class World:
         """Whether a plan holds a held-out combination."""
         names = [t.name for t in things]
         found = [self._drawing_held(t) for t in things]
-        found += [held_out("color", t.name, t.color) for t in things if t.color]
+        found += [held_out("color", *pair) for t in things for pair in self._colored(t)]
         if kind == "count":
             found.append(held_out("count", names[0], len(things)))
         elif len(set(names)) == 2:
@@ -211,6 +211,13 @@ class World:
                 seen = relation if first == names[0] else OPPOSITE[relation]
                 found.append(held_out("relation", f"{first} {seen} {second}"))
         return any(found)
+
+    def _colored(self, thing: Thing) -> list[tuple[str, str]]:
+        """A thing and its colour; so is a concept such as "orange book"."""
+        if thing.color:
+            return [(thing.name, thing.color)]
+        color, _, name = thing.name.partition(" ")
+        return [(name, color)] if color in COLORS and name in THINGS else []
 
     def _drawing_held(self, thing: Thing) -> bool:
         """Concepts known in one family of styles are held out in the other.
@@ -257,7 +264,7 @@ class World:
         canvas = np.zeros((SIZE, SIZE, 4), np.float32)
         if background:
             canvas[:] = (*BACKGROUNDS[background], 255)
-            caption += f" on a {background} background"
+            caption += f" on {article(background)} background"
         image = np.asarray(Image.fromarray(picture).convert("RGBa")).astype(np.float32)
         canvas = canvas * (1 - image[..., 3:] / 255) + image
         text = with_article(caption) if rng.random() < 0.8 else caption

@@ -2,7 +2,9 @@
 
 A data folder holds shard-00000.safetensors with `latents` (N, h, w, C), normalised, float16, and
 shard-00000.json, the N captions as a list; then shard-00001 and so on. heldout.safetensors and
-heldout.json, of the same form, are for validation. For a model whose text encoders are not trained
+heldout.json, of the same form, are for validation on what training never shows, such as held-out
+combinations; validation.safetensors and validation.json on other samples of what it shows. For a
+model whose text encoders are not trained
 along, each file also holds their states, `text.NAME` (N, L, dim), and how many of the L are valid,
 `length.NAME` (N,). What a step trains on depends on (seed, step) alone: a run that is cut and
 resumed sees the same samples.
@@ -23,6 +25,7 @@ from snapgen_mlx.models.word_tokens import WordTokens
 from .text import NAME, pad
 
 LENGTHS = 16  # texts are padded to a multiple of it: few shapes, few compiled graphs
+FIXED = ("validation", "heldout")  # files that are not trained on
 GOLDEN = 0.6180339887  # its multiples fill (0, 1) evenly
 
 
@@ -88,18 +91,24 @@ class Shards:
         encoders: names of the text encoders whose states stand in the shards.
         channels: C that the latents must have.
         seed: of everything drawn.
-        first: shards seen at step 0.
+        first: shards seen at step 0; None for all that are there now.
         every: one more shard is seen after each so many steps; 0 for never.
     """
 
-    def __init__(self, folder, words, encoders, channels: int, seed: int, first: int, every: int):
+    def __init__(
+        self, folder, words, encoders, channels: int, seed: int, first: int | None, every: int
+    ):
         self.folder, self.channels = Path(folder), channels
         self.words, self.encoders = words, encoders
+        if not self.folder.is_dir():
+            raise SnapGenError(f"there is no data folder {self.folder}")
+        if first is None:
+            first = len(list(self.folder.glob("shard-*.safetensors")))
+            if not first:
+                raise SnapGenError(f"{self.folder} holds no shards; make some first")
         self.seed, self.first, self.every = seed, first, every
         self.shards: list[Shard] = []
         self.ends: list[int] = []
-        if not self.folder.is_dir():
-            raise SnapGenError(f"there is no data folder {self.folder}")
 
     def open(self, name: str) -> Shard:
         shard = Shard(self.folder / f"{name}.safetensors", self.words, self.encoders)
@@ -139,7 +148,9 @@ class Shards:
         rng = np.random.default_rng([self.seed, step])
         subnet = int(rng.integers(subnets)) if subnets else -1
         chosen = rng.integers(self.ends[self.visible(step) - 1], size=size)
-        u = 1 / (1 + np.exp(-rng.standard_normal(size)))
+        # One from each of equal parts of the distribution: a batch's loss is then less by chance.
+        parts = (rng.permutation(size) + rng.random(size)) / size
+        u = 1 / (1 + np.exp(-torch.special.ndtri(torch.from_numpy(parts)).numpy()))
         t = shift * u / (1 + (shift - 1) * u)
         seeds = rng.integers(2**62, size=size)
         dropped = {name: rng.random(size) < drop for name in self.encoders or [NAME]}
@@ -172,11 +183,12 @@ class Shards:
                 row[: len(states)] = states
         return latents, text, masks
 
-    def heldout(self, samples: int, batch: int) -> list[Batch]:
-        """Fixed batches of the held-out latents, t spread over (0, 1); [] where there are none."""
-        if not (self.folder / "heldout.safetensors").exists():
-            return []
-        shard = self.open("heldout")
+    def fixed(self, samples: int, batch: int) -> dict[str, list[Batch]]:
+        """Fixed batches of the validation files that there are, by name; t spread over (0, 1)."""
+        there = [name for name in FIXED if (self.folder / f"{name}.safetensors").exists()]
+        return {name: self._fixed(self.open(name), samples, batch) for name in there}
+
+    def _fixed(self, shard: Shard, samples: int, batch: int) -> list[Batch]:
         places = range(min(samples, len(shard.latents)))
         out = []
         for start in range(0, len(places), batch):

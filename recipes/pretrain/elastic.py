@@ -48,7 +48,7 @@ class Training:
     split: bool = False  # parameters over the processes (FSDP2), in place of a copy in each (DDP)
     checkpointing: bool = False
     seed: int = 0
-    first_shards: int = 1
+    first_shards: int | None = 1  # seen from the start; None: all that are there at the first step
     steps_per_shard: int = 0  # one more shard is seen after each so many steps; 0: never
     log_every: int = 20
     validate_every: int = 500
@@ -217,22 +217,26 @@ class Elastic:
             mean.copy_(kept)
 
     @torch.no_grad()
-    def validate(self, batches: list[Batch]) -> dict[str, float]:
-        """The flow loss of every width with the averaged weights on fixed batches."""
+    def validate(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
+        """The flow loss of every width with the averaged weights on fixed batches, {"NAME/WIDTH":
+        loss} for each name."""
         self.swap()
         try:
-            out = {}
-            for i, width in enumerate(self.widths):
-                total = sum(
-                    F.mse_loss(self.velocity(x_t, batch, i), target, reduction="sum").item()
-                    for batch in batches
-                    for x_t, target in [add_noise(batch)]
-                )
-                count = sum(batch.latents.numel() for batch in batches)
-                out[f"validation/{width:g}"] = total / count
-            return out
+            return {
+                f"{name}/{width:g}": self._loss(those, i)
+                for name, those in batches.items()
+                for i, width in enumerate(self.widths)
+            }
         finally:
             self.swap()
+
+    def _loss(self, batches: list[Batch], index: int) -> float:
+        total = sum(
+            F.mse_loss(self.velocity(x_t, batch, index), target, reduction="sum").item()
+            for batch in batches
+            for x_t, target in [add_noise(batch)]
+        )
+        return total / sum(batch.latents.numel() for batch in batches)
 
     def state(self) -> dict:
         """Everything that changes, tensors whole; every process must ask."""

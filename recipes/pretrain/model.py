@@ -256,14 +256,15 @@ def _let_noise_pass(first: Tensor, last: Tensor) -> None:
     that loses some of them between Gaussian weights, and takes long to learn not to.
 
     Args:
-        last: (p² C, d), channel fastest; half as large as the inverse.
+        last: (p² C, d), channel fastest; 0.8 times the inverse: at t = .75, the median of training
+            with shift 3, .8 x_t is what is best known of the velocity of normal latents.
     """
     d, channels, patch, _ = first.shape
     size = patch * patch * channels
     blocks = [nn.init.orthogonal_(first.new_empty(size, size)) for _ in range(-(-d // size))]
     rows = torch.cat(blocks)[:d]  # (d, p² C): each width's slice begins with whole rotations
     first.copy_(rows.unflatten(1, (patch, patch, channels)).permute(0, 3, 1, 2))
-    last.copy_(0.5 * math.sqrt(size / d) * rows.T)
+    last.copy_(0.8 * size / d * rows.T)
 
 
 def _initialise(module: nn.Module) -> None:

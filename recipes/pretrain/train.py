@@ -102,11 +102,13 @@ def geometry(network: Network) -> dict[str, dict]:
     return {"transformer": network.dit.config.to_dict(), **text}
 
 
-def resume(trainer: Elastic, folder: Path) -> None:
+def resume(trainer: Elastic, shards: Shards, folder: Path) -> None:
     """Load the run's state, if there is one. Raises UsageError for another geometry's."""
     state = states.load(folder)
     if state is None:
         return
+    if trainer.options.first_shards is None:  # as many as when it began
+        shards.first = state["first_shards"]
     own = geometry(trainer.network)
     for part in ("transformer", "text"):
         there, here = (sizes.get(part, {}) for sizes in (state["geometry"], own))
@@ -216,6 +218,7 @@ class Run:
 
     def save(self) -> None:
         state = self.trainer.state() | {"geometry": geometry(self.trainer.network)}
+        state["first_shards"] = self.shards.first
         if self.shards.shards:
             state["latents"] = list(self.shards.shards[0].latents.shape[1:])
         if self.first:
@@ -244,8 +247,8 @@ class Run:
         trainer, o = self.trainer, self.trainer.options
         share = o.batch // distributed.processes()
         rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-        heldout = self.shards.heldout(o.validation_samples, share)
-        heldout = [batch.to(trainer.device) for batch in heldout]
+        fixed = self.shards.fixed(o.validation_samples, share)
+        fixed = {name: [b.to(trainer.device) for b in batches] for name, batches in fixed.items()}
         meter = Meter(o.batch)
         while o.steps is None or trainer.steps < o.steps:
             if not self.ready():
@@ -258,8 +261,8 @@ class Run:
             step = trainer.steps
             if step % o.log_every == 0:
                 self.write({**meter.read(), "rate": o.rate(step - 1)})
-            if heldout and step % o.validate_every == 0:
-                self.write(trainer.validate(heldout))
+            if fixed and step % o.validate_every == 0:
+                self.write(trainer.validate(fixed))
             if o.prompts and trainer.network.text and step % o.sheet_every == 0:
                 self.sheet()
         self.save()
@@ -342,7 +345,7 @@ def train(args) -> None:
         if distributed.processes() > 1 and not options.split:
             forward = distributed.replicate(forward)
         trainer = Elastic(network, options, forward)
-        resume(trainer, args.out)
+        resume(trainer, shards, args.out)
         run = Run(trainer, shards, args.out, decoder(args.vae) if args.vae else None)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, run.stop)

@@ -50,11 +50,11 @@ def run(config: Path, data: Path, words: Path, seconds: float) -> dict[str, floa
         )
         trainer.step(batch)
     taken = time.monotonic() - started
-    heldout = shards.heldout(options.validation_samples, VALIDATION_BATCH)
+    fixed = shards.fixed(options.validation_samples, VALIDATION_BATCH)
     return {
         "steps": trainer.steps,
         "samples/s": trainer.steps * options.batch / taken,
-        **trainer.validate(heldout),
+        **trainer.validate(fixed),
     }
 
 
