@@ -52,8 +52,6 @@ def eval(paths, caption, skip_bad, variants, steps, guidance, count, path):
     were asked for, first and among the first five. Concepts are named in metadata.jsonl; else
     pictures with the same caption are one. Models of transparent pictures have the loss alone.
     """
-    from pathlib import Path
-
     from snapgen_mlx.files import write_json
     from snapgen_mlx.names import check_place
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import SnapGenError
 from ..files import read_json
 from ..layout import FEW_STEP, FORMAT, few_step_loras
+from ..lora_file import read_about
 from .assembly import origin
 from .plan import PlannedComponent
 
@@ -101,22 +102,36 @@ def _sampling(index: dict, components: dict[str, PlannedComponent]) -> dict[str,
 
 def _base(index: dict, report: dict, components: dict[str, PlannedComponent]) -> str:
     """What LoRAs know the weights by, in whatever form they are written."""
+    digests = weight_digests(report, components)
+    if not report.get("loras"):
+        return unfused_base(index, digests, report["ema"])
+    return _digest([digests, report["ema"], report["loras"]])
+
+
+def weight_digests(report: dict, components: dict[str, PlannedComponent]) -> list[str]:
+    """SHA-256 of the transformer's files, sorted."""
     part = components.get("transformer")
     files = part.reader.files if part else []
-    digests = [report["files"][file_name(part, file)] for file in files if part]
-    made = [sorted(digests), report["ema"], report.get("loras")]
-    own = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-    inherited = inherited_base(index, digests)
-    return inherited if inherited and not report.get("loras") else own
+    return sorted(report["files"][file_name(part, file)] for file in files if part)
 
 
-def inherited_base(index: dict, digests: list[str]) -> str | None:
-    """The digest that an exported checkpoint has from its model; None where its transformer, with
-    files of these ``digests``, was changed since, and for other checkpoints."""
+def unfused_base(index: dict, digests: list[str], ema: bool) -> str:
+    """What LoRAs know a checkpoint's weights by, before others are fused: the digest that an
+    exported one has from its model, unless its transformer was changed since.
+
+    Args:
+        index: its ``model_index.json``.
+        digests: of the transformer's files, sorted.
+        ema: whether the EMA weights are taken.
+    """
     base, weights = index.get("base"), index.get("weights")
-    if not isinstance(base, str) or (weights and weights != sorted(digests)):
-        return None
-    return base
+    if isinstance(base, str) and weights in (None, digests):
+        return base
+    return _digest([digests, ema, None])
+
+
+def _digest(made: list) -> str:
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
 
 
 def _record(report: dict, component: PlannedComponent) -> dict[str, Any]:
@@ -145,7 +160,8 @@ def not_there(
     """
     missing = {}
     gone = "transformer" in components and there is not None and not (dest / "transformer").is_dir()
-    if gone and not begun and few_step_loras(dest):
+    own = [read_about(file).get("base") for file in few_step_loras(dest)] if gone else []
+    if not begun and any(base != head["base"] for base in own):
         raise SnapGenError(
             f"{dest / FEW_STEP} holds LoRAs of the transformer that was removed; remove it too"
         )

@@ -13,15 +13,23 @@ from ..errors import SnapGenError, UsageError
 from ..files import atomic_write, expand_user, file_sha256, read_json, write_json
 from ..layout import FEW_STEP, TOKENIZERS, few_step_loras
 from ..loading import layer_shapes
-from ..lora import Update, copy_few_step_loras, fuse_lora, load_lora, load_updates
-from ..lora_file import LoRAFile, find_file, is_whole, read_about
+from ..lora import Update, copy_few_step_loras, fuse_lora, header_for, load_lora, load_updates
+from ..lora_file import LoRAFile, find_file, is_whole, read_about, read_tensors
+from ..tensors.safetensors_io import save_arrays
 from ..tensors.stream import Step, verify, write_components
 from ..tokenizer_files import copy_word_files
 from ..vocabulary import FILE as WORDS
 from ..vocabulary import copy_words
 from .assembly import check_fit, gather
 from .conversion_report import dtype_name, make_report, model_card
-from .head import existing_model, file_name, inherited_base, make_head, not_there
+from .head import (
+    existing_model,
+    file_name,
+    make_head,
+    not_there,
+    unfused_base,
+    weight_digests,
+)
 from .plan import PlannedComponent, plan
 
 JOURNAL = "journal.json"
@@ -82,7 +90,7 @@ def convert(
     if few_step_lora:
         settings["few_step_lora"] = _check_few_step_lora(components, few_step_lora)
     for path in (*(path for path, _ in loras), *([few_step_lora] if few_step_lora else [])):
-        _check_base(path, index, components["transformer"])
+        _check_base(path, index, components["transformer"], ema)
     report = make_report(source, settings, components)
     if dry_run:
         return report | {"status": "planned"}
@@ -92,6 +100,9 @@ def convert(
     head = make_head(index, report, components, there)
     begun = _is_begun(partial, head)
     missing = not_there(dest, there, components, head, begun)
+    # Few-step LoRAs stand beside fused ones as at run time, and are for the sum from now on.
+    base = unfused_base(index, weight_digests(report, components), ema)
+    fused = (base, head["base"]) if loras else None
     if not missing and not begun:
         return report | {"status": "complete", "written": verify(dest, components.values())}
 
@@ -102,11 +113,10 @@ def convert(
             _copy_tokenizer(component, partial)
         if "transformer" in missing:
             root = missing["transformer"].root
-            # Fused LoRAs change what they are for, and stand beside them as at run time.
-            copy_few_step_loras(root, partial, base=head["base"] if loras else None)
+            copy_few_step_loras(root, partial, base=fused)
             copy_words(root, partial)
         if few_step_lora:
-            _copy_few_step_lora(few_step_lora, components["transformer"], partial)
+            _copy_few_step_lora(few_step_lora, components["transformer"], partial, fused)
         if there is None:
             write_json(partial / "config.json", head)
             with atomic_write(partial / "README.md") as tmp:
@@ -171,30 +181,34 @@ def _check_few_step_lora(components: dict[str, PlannedComponent], path) -> dict:
     return _lora_entry(path)
 
 
-def _check_base(path, index: dict, transformer: PlannedComponent) -> None:
+def _check_base(path, index: dict, transformer: PlannedComponent, ema: bool) -> None:
     """Raises SnapGenError for a LoRA that says it was trained on other weights, where the
     checkpoint says which ones it holds."""
     file = find_file(path)
     trained = read_about(file).get("base")
     if trained is None or "base" not in index:
         return
-    base = inherited_base(index, [file_sha256(f) for f in transformer.reader.files])
-    if base not in (None, trained):
+    digests = sorted(map(file_sha256, transformer.reader.files))
+    if trained != unfused_base(index, digests, ema):
         raise SnapGenError(
             f"{file} was trained on other weights than those of {transformer.origin}; use it with "
             "the model that it was trained on"
         )
 
 
-def _copy_few_step_lora(path, transformer: PlannedComponent, partial: Path) -> None:
+def _copy_few_step_lora(
+    path, transformer: PlannedComponent, partial: Path, base: tuple[str, str] | None
+) -> None:
     """The LoRA under the name of the only width: its file as it is, if it says all of it."""
     file = find_file(path)
     target = partial / FEW_STEP / f"{transformer.config.get('variant', 'full')}.safetensors"
     target.parent.mkdir(exist_ok=True)
-    if is_whole(file):
-        shutil.copyfile(file, target)
-    else:
+    if not is_whole(file):
         LoRAFile.read(file).save(target)
+    elif base:
+        save_arrays(target, read_tensors(file), header_for(file, base))
+    else:
+        shutil.copyfile(file, target)
 
 
 def _with_update(step: Step, update: Update) -> Step:
@@ -251,8 +265,12 @@ def _move_into(partial: Path, dest: Path, head: dict) -> None:
         (dest / WORDS).unlink(missing_ok=True)  # what another one drew
     for part in sorted(p for p in partial.iterdir() if p.name != JOURNAL):
         target = dest / part.name
-        if target.is_dir() and part.name in (*TOKENIZERS.values(), FEW_STEP):
-            shutil.rmtree(target)  # of no part that is there
+        if target.is_dir() and part.name == FEW_STEP:  # of the same weights
+            for file in part.iterdir():
+                os.replace(file, target / file.name)
+            continue
+        if target.is_dir() and part.name in TOKENIZERS.values():
+            shutil.rmtree(target)  # of no text encoder
         os.replace(part, target)
     write_json(dest / "config.json", head)
     shutil.rmtree(partial)

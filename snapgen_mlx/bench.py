@@ -37,7 +37,7 @@ from .training.training_memory import TrainingMemory
 FORMAT = {"format": "snapgen-mlx bench", "version": 1}
 PARTS = ("encode", "step", "decode", "picture", "training")
 PROMPTS = ("a red apple", "a smiling cat", "a dog", "a house", "a star")
-SLOW = 5.0  # seconds; what takes longer is measured once, after a warm-up
+SLOW = 5.0  # seconds; what takes longer is measured once
 MATRIX = {True: 4096, False: 2048}  # side of the products whose rate is measured, GPU or not
 
 
@@ -48,7 +48,7 @@ class Plan:
     Args:
         variants, sizes, bits: widths, pixels a side, and bits of the transformer's weights; 16
             stands for weights as they are stored.
-        rounds: of each, after a warm-up.
+        rounds: of each, after a warm-up; pictures of slow steps need no warm-up of their own.
         parts: of ``PARTS``.
         batch: pictures of a training step.
     """
@@ -89,7 +89,7 @@ def _processor() -> str:
 
 @dataclass
 class Clock:
-    """Seconds of rounds, warm, and the peak of memory in them."""
+    """Seconds of rounds, and the peak of memory in them."""
 
     rounds: int
     seconds: list[float] = field(default_factory=list)

@@ -60,7 +60,9 @@ def differences(found: dict, here: dict, base: bool = False) -> list[str]:
     if found.get("variant") != here.get("variant") and has_both:
         asked.add("few-step LoRA")
     for name in dict.fromkeys([*before, *now]):
-        if before.get(name) != now.get(name) and name not in asked:
+        # Earlier versions of the server wrote no digests of pictures to start from.
+        is_unknown = name in ("image", "mask") and name not in before and name in found
+        if before.get(name) != now.get(name) and name not in asked and not is_unknown:
             words.append(
                 f"another {name}"
                 if name in before and name in now

@@ -109,7 +109,7 @@ def copy_few_step_loras(
     source: Path,
     target: Path,
     change: Callable[[dict], dict] = lambda tensors: tensors,
-    base: str | None = None,
+    base: tuple[str, str] | None = None,
 ) -> None:
     """Copy the few-step LoRAs of a model, if it has any. Palettes become floats.
 
@@ -117,14 +117,20 @@ def copy_few_step_loras(
         source: model folder.
         target: model folder.
         change: is applied to the tensors of each LoRA.
-        base: digest of the weights that they are for in ``target``; None for those that they were
-            trained on.
+        base: of ``header_for``.
     """
     for file in few_step_loras(source):
-        tensors, header = change(read_tensors(file)), header_metadata(file)
-        if base and (about := read_about(file)):
-            header[ABOUT] = json.dumps(about | {"base": base})
-        save_arrays(target / FEW_STEP / file.name, tensors, header)
+        tensors = change(read_tensors(file))
+        save_arrays(target / FEW_STEP / file.name, tensors, header_for(file, base))
+
+
+def header_for(file: Path, base: tuple[str, str] | None) -> dict[str, str]:
+    """The header of a LoRA's file. ``base`` has two digests: of weights, and of what they became; a
+    LoRA of the former is for the latter now."""
+    header, about = header_metadata(file), read_about(file)
+    if base and about.get("base") == base[0]:
+        header[ABOUT] = json.dumps(about | {"base": base[1]})
+    return header
 
 
 def _shapes(config: DiTConfig) -> dict[str, tuple[int, int]]:

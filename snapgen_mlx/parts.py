@@ -17,6 +17,7 @@ from .loading import (
     lora_pairs,
 )
 from .models.interfaces import Autoencoder, Decoder, TextEncoder
+from .tensors.weights import flat_parameters
 from .text_loading import load_text_encoders
 from .widths import parse_widths
 
@@ -103,6 +104,13 @@ class Parts:
     def holds(self, part: str) -> bool:
         """Whether "dit", "vae" or "encoders" is in memory."""
         return bool(self._dits) if part == "dit" else part in self.__dict__
+
+    def loaded(self) -> dict[int, int]:
+        """Bytes of what is in memory, by identity: pipelines of one model share parts."""
+        networks = [*self._dits.values(), *(self.__dict__.get(k) for k in ("vae", "tiny"))]
+        arrays = [a for n in networks if n is not None for a in flat_parameters(n).values()]
+        found = {id(a): a.nbytes for a in arrays}
+        return found | {id(e): e.nbytes for e in self.__dict__.get("encoders", ())}
 
     def free(self, *parts: str) -> None:
         """Drop "dit", "vae" or "encoders" from memory; each is loaded again when needed."""

@@ -112,7 +112,8 @@ def _is_plain(value) -> bool:
 
 
 def push(model, repo: str, private: bool = False) -> str:
-    """Upload a model to the Hub in one commit, with ``model_card`` as its README.
+    """Upload a model to the Hub in one commit, with ``model_card`` as its README. Files of an
+    earlier upload that this model does not have are removed in the same commit.
 
     Args:
         model: a folder or "embedded".
@@ -123,7 +124,7 @@ def push(model, repo: str, private: bool = False) -> str:
         The address of the commit.
 
     Raises:
-        UsageError: a name that is none, or no token.
+        UsageError: a name that is none, no token, or a repository of a PyTorch model.
         SnapGenError: the Hub refuses or cannot be reached.
     """
     import huggingface_hub as hub
@@ -150,6 +151,8 @@ def push(model, repo: str, private: bool = False) -> str:
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = [file.rfilename for file in api.model_info(repo).siblings or []]
+        if "model_index.json" in there:
+            raise UsageError(f"{repo} holds a PyTorch model; choose a repository of its own")
         # Of an earlier upload: with its index, or its LoRAs, another model would be drawn with.
         gone = [hub.CommitOperationDelete(n) for n in there if _is_ours(n) and n not in names]
         message = "Upload by snapgen-mlx"

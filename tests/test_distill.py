@@ -873,6 +873,16 @@ def test_kd_trains_a_model_of_all_widths(material, tmp_path):
         draw(tmp_path / "out", variant=variant)
 
 
+def test_a_run_from_before_an_option_goes_on(material, tmp_path):
+    options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "lora": 2}
+    invoke(material, tmp_path, **options, minutes=1e-9)
+    (state,) = (tmp_path / "run").glob("state-*.json")
+    about = json.loads(state.read_text())
+    assert about["options"].pop("balance") is False
+    state.write_text(json.dumps(about))
+    assert invoke(material, tmp_path, **options).exit_code == 0
+
+
 def test_the_same_command_goes_on(material, tmp_path):
     """Out of time before the student's first update, then run to its end: as if at once."""
     options = {"method": "kdmd", "loss": "dmd", "variant": "tiny", "lora": 2}

@@ -213,6 +213,17 @@ def test_a_fused_lora_keeps_the_few_step_ones(model, tmp_path):
     theirs = np.asarray(picture(own, "small", loras=[mine]), int)
     assert np.abs(ours - theirs).max() <= 1
     assert load_config(tmp_path / "out")["base"] != base_digest(own)
+    # So does one that is named, for a checkpoint of one width.
+    slice_model(own, tmp_path / "cut", "small")
+    few = own / "few_step" / "small.safetensors"
+    export(tmp_path / "cut", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "few_step")
+    save_random_lora(tmp_path / "cut.safetensors", tiny_config().variant(1), 9)
+    fuse = [(tmp_path / "cut.safetensors", 1.0)]
+    convert(tmp_path / "one", tmp_path / "both", loras=fuse, few_step_lora=few)
+    ours = np.asarray(picture(tmp_path / "both", "small"), int)
+    theirs = np.asarray(picture(tmp_path / "cut", "small", loras=fuse), int)
+    assert np.abs(ours - theirs).max() <= 1
 
 
 def test_an_exported_transformer_that_was_trained_is_another(model, tmp_path):
@@ -227,9 +238,15 @@ def test_an_exported_transformer_that_was_trained_is_another(model, tmp_path):
         Pipeline.load(tmp_path / "out", "tiny").generate(PROMPT)
     with pytest.raises(SnapGenError, match="trained on other weights"):
         load_teacher(tmp_path / "out", tmp_path / "out")
+    save_random_lora(tmp_path / "mine.safetensors", tiny_config(), 9)
+    convert(tmp_path / "torch", tmp_path / "fits", loras=[(tmp_path / "mine.safetensors", 1.0)])
+    with pytest.raises(SnapGenError, match="trained on other weights"):  # still
+        Pipeline.load(tmp_path / "fits", "tiny").generate(PROMPT)
     lora = tmp_path / "lora.safetensors"
     about = {"base": base_digest(own), "widths": list(WIDTHS), "captions": []}
     save_lora(lora, lora_params(tiny_config(), 2), about)
+    with pytest.raises(SnapGenError, match="trained on other weights"):
+        convert(tmp_path / "torch", tmp_path / "old", loras=[(lora, 1.0)])
     export(model, tmp_path / "other")
     index = read_json(tmp_path / "other" / "model_index.json") | {"base": "of another"}
     write_json(tmp_path / "other" / "model_index.json", index)
@@ -248,6 +265,19 @@ def test_a_named_transformer_brings_its_own_sampling(model, tmp_path):
     assert head["sampling"] == load_config(own)["sampling"] and head["base"] == base_digest(own)
     assert Pipeline.load(tmp_path / "out", "tiny").settings(PROMPT).steps == 4
     Pipeline.load(tmp_path / "out", "tiny").generate(PROMPT)
+
+
+def test_a_damaged_transformer_is_made_again_beside_its_loras(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    with_base(own, base_digest(own))
+    export(own, tmp_path / "torch")
+    out = tmp_path / "out"
+    convert(tmp_path / "torch", out)
+    before = picture(out, "small")
+    shutil.rmtree(out / "transformer")
+    (tmp_path / "torch" / "few_step" / "small.safetensors").unlink()
+    assert convert(tmp_path / "torch", out, only=["transformer"])["status"] == "converted"
+    assert np.array_equal(picture(out, "small"), before)
 
 
 def test_another_transformer_is_not_drawn_with_the_old_loras(model, tmp_path):

@@ -88,6 +88,13 @@ def test_what_an_earlier_upload_left_is_gone(hub, model):
         assert not files.keys() & set(left) and files.keys() > {*foreign, "config.json"}
 
 
+def test_a_repository_of_a_pytorch_model_is_left_alone(hub, model):
+    hub.pushed["me/dog"] = dict.fromkeys(["model_index.json", "transformer/x.safetensors"], b"{}")
+    result = push(model, "me/dog")
+    assert result.exit_code == 2 and "holds a PyTorch model" in result.stderr
+    assert len(hub.pushed["me/dog"]) == 2
+
+
 def test_the_card_says_what_is_so(model):
     """Losses of a distillation are no widths, and a folder named a/b is not on the Hub."""
     with open(model / "run" / "log.jsonl", "a") as log:

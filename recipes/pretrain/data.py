@@ -1,10 +1,9 @@
 """Latents and captions in shards, of which more may appear while the training runs.
 
 A data folder holds shard-00000.safetensors with `latents` (N, h, w, C), normalised, float16, and
-shard-00000.json, the N captions as a list; then shard-00001 and so on. heldout.safetensors and
-heldout.json, of the same form, are for validation on what training never shows, such as held-out
-combinations; validation.safetensors and validation.json on other samples of what it shows. For a
-model whose text encoders are not trained
+shard-00000.json, the N captions as a list; then shard-00001 and so on. Two pairs of files of the
+same form are for validation: heldout.* on what training never shows, such as held-out combinations,
+and validation.* on other samples of what it shows. For a model whose text encoders are not trained
 along, each file also holds their states, `text.NAME` (N, L, dim), and how many of the L are valid,
 `length.NAME` (N,). What a step trains on depends on (seed, step) alone: a run that is cut and
 resumed sees the same samples.

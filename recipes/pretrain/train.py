@@ -108,6 +108,11 @@ def resume(trainer: Elastic, shards: Shards, folder: Path) -> None:
     if state is None:
         return
     if trainer.options.first_shards is None:  # as many as when it began
+        if "first_shards" not in state:
+            raise UsageError(
+                f"the run in {folder} does not say how many shards it saw; give first_shards as "
+                "when it began"
+            )
         shards.first = state["first_shards"]
     own = geometry(trainer.network)
     for part in ("transformer", "text"):

@@ -4,8 +4,9 @@
 
 TRIALS.json holds under "trials", for each name, what this trial changes of CONFIG.json, part by
 part, and under "common" what all of them change. Every trial trains for the same time from the same
-seed on the same samples. The table that is printed gives the flow loss of held-out scenes, with the
-averaged weights, at each width; a trial whose result stands in the output folder is not run again.
+seed on the same samples. The table that is printed gives the flow loss of the validation files that
+there are, with the averaged weights, at each width; a trial whose result stands in the output
+folder is not run again.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from ..device import usable_memory
 from ..editing import Edit
 from ..errors import SnapGenError, UsageError
 from ..pipeline import Pipeline
+from ..settings import Settings
 from ..tensors.weights import flat_parameters
 from ..vocabulary import known_words
 from .gallery import Gallery
@@ -210,28 +211,38 @@ class Engine:
         if key in self._pipelines:
             self._pipelines.move_to_end(key)
             return self._pipelines[key]
+        while len(self._pipelines) >= PIPELINES:
+            self._free_oldest(None)
         pipe = Pipeline.load(self.sources[name], key[1], dtype=self.dtype)
-        self._make_room(pipe)
         for (other, _), loaded in self._pipelines.items():
             if other == name:  # the widths of a model share all but the transformer
                 pipe.vae, pipe.encoders = loaded.vae, loaded.encoders
+        self._make_room(pipe, [pipe.settings("any")])
         for weight in flat_parameters(pipe.dit).values():  # now, not with the first picture
             mx.eval(weight)
         self._pipelines[name, pipe.variant] = pipe
         return pipe
 
-    def _make_room(self, pipe: Pipeline) -> None:
-        """Free those that were not used for longest: beside what is held, ``pipe`` must fit too."""
-        need = pipe.memory.predict(pipe.variant, pipe.request(pipe.settings("any"))).peak
+    def _make_room(self, pipe: Pipeline, wanted: list[Settings]) -> None:
+        """Free pipelines that were not used for longest, until ``wanted`` fits beside the rest."""
+        need = max(pipe.memory.predict(pipe.variant, pipe.request(s)).peak for s in wanted)
 
-        def held() -> int:
-            loaded = self._pipelines.values()
-            return sum(a.nbytes for p in loaded for a in flat_parameters(p.dit).values())
+        def beside() -> int:
+            held: dict[int, int] = {}
+            for other in self._pipelines.values():
+                held |= other.loaded() if other is not pipe else {}
+            return sum(size for key, size in held.items() if key not in pipe.loaded())
 
-        while len(self._pipelines) >= PIPELINES or (
-            self._pipelines and held() + need > usable_memory()
-        ):
-            self._pipelines.popitem(last=False)[1].free("dit", "vae", "encoders")
+        while beside() + need > usable_memory() and self._free_oldest(pipe):
+            pass
+
+    def _free_oldest(self, but: Pipeline | None) -> bool:
+        """Whether there was one, beside ``but``."""
+        for key, pipe in self._pipelines.items():
+            if pipe is not but:
+                self._pipelines.pop(key).free("dit", "vae", "encoders", "tiny")
+                return True
+        return False
 
     def _draw(self, job: Job) -> None:
         if job.cancelled.is_set():
@@ -247,6 +258,7 @@ class Engine:
             for prompt in job.prompts
             for seed in job.seeds
         ]
+        self._make_room(pipe, wanted)
         notes = [pipe.notes(settings, job.edit) for settings in wanted]
         pipe.prepare(wanted)
         for number, settings in enumerate(wanted):

@@ -65,12 +65,14 @@ class Gallery:
         path = self.folder / name
         if name in self._settings and not path.is_file():
             self._forget()
-        return path if name in self._settings else None
+        return path if name in self._settings and path.is_file() else None
 
     def _forget(self) -> None:
         """Leave out pictures whose files were deleted by somebody else."""
-        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        with self._lock:
+        with self._lock:  # ``add`` enters a name when its file is there
+            if not self.folder.is_dir():  # such as one on a disk that is away for a moment
+                return
+            there = {path.name for path in self.folder.iterdir()}
             self._settings = {k: v for k, v in self._settings.items() if k in there}
 
     def remove(self, name: str) -> bool:

@@ -240,7 +240,8 @@ def _check_identity(run, info: dict, identity: dict, extends: bool) -> None:
     for name, now in identity.items():
         before: dict = info.get(name, {})
         if name == "options":
-            before = {k: before.get(k) for k in now}
+            # An option that came later is as if it had been off.
+            before = {k: before.get(k, False if v is False else None) for k, v in now.items()}
             if extends:
                 before["steps"] = now["steps"]
         if before == now:

@@ -109,7 +109,8 @@ async function again(settings) {
   const note = apply(settings);
   clearTimeout(timer);
   await run(false);
-  if (note) say(`Note: ${note}`);
+  const status = $("status");
+  if (note && !status.classList.contains("error")) say(`${status.textContent}. Note: ${note}`);
 }
 
 // ---- the pictures
