@@ -4,8 +4,8 @@
 
 Draws the first prompts of the protocol once, at every width, in PyTorch, and adds a line to
 RUN/judge.jsonl: step, shares by task and overall, and overall of seen and held-out combinations.
-It reads the run's last state and may run beside the training; a step that has its line already is
-not drawn again.
+It reads the run's last state and may run beside the training; what has its line already is not
+drawn again. ``--first 96`` draws the prompts after those, on which to choose a guidance.
 """
 
 import argparse
@@ -81,19 +81,21 @@ def draw(
     return out
 
 
-def point(run: Path, vae: Path, count: int, steps: int, guidance: float) -> dict | None:
+def point(run: Path, vae: Path, first: int, count: int, steps: int, guidance: float) -> dict | None:
     """The line for the run's last state; None when it has one. Raises SnapGenError."""
     state = states.load(run)
     if state is None:
         raise UsageError(f"{run} holds no state of a run ({states.NAME})")
     file = run / FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if any(json.loads(line)["step"] == state["step"] for line in lines):
+    asked = {"first": first, "prompts": count, "steps": steps, "guidance": guidance}
+    about = {"step": state["step"]} | asked
+    if any(about.items() <= json.loads(line).items() for line in lines):
         return None
     started = time.monotonic()
     network, autoencoder, judge = load_network(run, state), load_autoencoder(vae), Judge.load()
     words = load_words(run / "words", network.text.config)
-    prompts, widths = protocol()[:count], {}
+    prompts, widths = protocol()[first : first + count], {}
     for i, width in enumerate(network.dit.config.widths):
         drawn = draw(network, words, autoencoder, state["latents"], prompts, i, steps, guidance)
         found = summary(prompts, judge.look(drawn))
@@ -102,8 +104,7 @@ def point(run: Path, vae: Path, count: int, steps: int, guidance: float) -> dict
             k: None if v is None else round(v, 4) for k, v in (found["all"] | parts).items()
         }
     seconds = round(time.monotonic() - started)
-    record = {"step": state["step"], "prompts": count, "steps": steps, "seconds": seconds}
-    record |= {"widths": widths}
+    record = about | {"seconds": seconds, "widths": widths}
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(record) + "\n")
     return record
@@ -114,12 +115,13 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run of recipes.pretrain.train")
     parser.add_argument("--vae", type=Path, required=True, help="folder of its autoencoder")
+    parser.add_argument("--first", type=int, default=0, help="prompts to leave out (0)")
     parser.add_argument("--prompts", type=int, default=96, help="how many (96)")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps (12)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(4)")
     args = parser.parse_args(argv)
-    record = point(args.run, args.vae, args.prompts, args.steps, args.guidance)
-    print("this step has its line already" if record is None else json.dumps(record))
+    record = point(args.run, args.vae, args.first, args.prompts, args.steps, args.guidance)
+    print("this has its line already" if record is None else json.dumps(record))
 
 
 if __name__ == "__main__":
