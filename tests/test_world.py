@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from recipes.embedded import layout, scenes, things
 from recipes.embedded.colors import COLORS, from_oklab, recolor, to_oklab
+from recipes.embedded.latents import encode
 from recipes.embedded.scenes import KINDS, STICKERS, VARIED, World
 from recipes.embedded.sprites import STYLES, Concept, Sprites, framed
 from recipes.embedded.things import THINGS, held_out
@@ -63,6 +64,29 @@ def test_a_concept_named_by_a_colour_is_one_of_that_colour(world):
     assert world._colored(scenes.Thing("orange book", "3d")) == [("book", "orange")]
     assert world._colored(scenes.Thing("cat", "3d", "red")) == [("cat", "red")]
     assert not world._colored(scenes.Thing("orange", "3d"))
+
+
+def test_a_picture_is_encoded_once_whatever_its_captions(world):
+    """In shards of large drawings, few pictures have many captions; each gets its own latents."""
+
+    class Corners:
+        seen = 0
+
+        def encode(self, x):
+            self.seen += len(x)
+            return x[:, :, ::64, ::64]
+
+    drawings, corners = World(world.sprites, scenes.LARGER), Corners()
+    names = [f"shard/{i}" for i in range(300)]
+    latents, captions = encode(drawings, corners, names, "train")
+    made = [drawings.scene(random.Random(name)) for name in names]
+    assert captions == [scene.caption for scene in made] and latents.shape == (300, 4, 4, 4)
+    assert corners.seen == len({scene.image.tobytes() for scene in made}) < 300
+    for i in range(0, 300, 7):
+        expected = made[i].image[::64, ::64] / 127.5 - 1
+        np.testing.assert_allclose(latents[i], expected, atol=1e-3)
+    large = [scene.kind in ("single", "color") for scene in made]
+    assert 0.75 < np.mean(large) < 0.95
 
 
 def test_tidy_things_meet_the_patches_in_one_way():
