@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from hashlib import file_digest
+from hashlib import sha256
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -141,11 +141,11 @@ async def edits(request: Request):
     margins = parse_margins(fields.outpaint) if fields.outpaint else None
 
     def read() -> tuple[Edit, dict]:
-        digests = {k: file_digest(upload.file, "sha256") for k, upload in files.items()}
-        pictures = {k: read_picture(upload.file) for k, upload in files.items()}
+        data = {k: upload.file.read() for k, upload in files.items()}
+        pictures = {k: read_picture(io.BytesIO(of)) for k, of in data.items()}
         said: dict[str, Any] = {k: upload.filename or k for k, upload in files.items()}
         said |= {"outpaint": fields.outpaint} if fields.outpaint else {}
-        said["digests"] = {k: digest.hexdigest()[:16] for k, digest in digests.items()}
+        said["digests"] = {k: sha256(of).hexdigest()[:16] for k, of in data.items()}
         return Edit(pictures["image"], pictures.get("mask"), margins), said
 
     edit, said = await asyncio.to_thread(read)
