@@ -2,11 +2,17 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
 SHARE = 0.8  # part of a machine's memory that MLX may use if the system names no limit
+CONTAINER_LIMITS = [
+    Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")
+]
 CACHE = 8  # this memory divided by the part that may be kept for reuse
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -65,8 +71,17 @@ def matmul_speed(n: int = 1024, dtype: mx.Dtype = mx.float32) -> float:
 
 def usable_memory() -> int:
     """Bytes that MLX may take on this machine: a GPU's working set, or a share of all memory."""
-    limit = _working_set()
-    return limit or int(SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if limit := _working_set():
+        return limit
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(SHARE * min([memory, *_container_limits()]))
+
+
+def _container_limits() -> Iterator[int]:
+    """What the container on Linux may take at most; a huge number stands for no limit."""
+    for file in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            yield int(file.read_text())
 
 
 def set_limits() -> None:

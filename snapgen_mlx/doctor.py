@@ -36,7 +36,7 @@ def examine(model=None) -> list[Finding]:
         Finding("mlx", f"{version('mlx')} on {device_name()}"),
         _speed(),
         _room("memory", usable_memory(), "close other programs, or use --low-ram"),
-        _room("disk", shutil.disk_usage(Path.home()).free, "make room in your home folder"),
+        _disk(),
         _cache(),
     ]
     return [*findings, _model(model)]
@@ -53,6 +53,14 @@ def _room(name: str, free: int, advice: str) -> Finding:
     return Finding(name, f"{format_bytes(free)} can be used", None if free > FEW_BYTES else advice)
 
 
+def _disk() -> Finding:
+    try:
+        free = shutil.disk_usage(Path.home()).free
+    except (OSError, RuntimeError) as e:
+        return Finding("disk", f"no home folder: {e}", "set HOME to a folder of yours")
+    return _room("disk", free, "make room in your home folder")
+
+
 def _cache() -> Finding:
     """What was downloaded from the Hub."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
@@ -62,6 +70,8 @@ def _cache() -> Finding:
         cache = scan_cache_dir(place)
     except CacheNotFound:
         return Finding("cache", f"nothing was downloaded yet to {place}")
+    except (OSError, ValueError) as e:
+        return Finding("cache", f"{place} cannot be read", f"{e}; set HF_HOME to another folder")
     found = f"{len(cache.repos)} repositories, {format_bytes(cache.size_on_disk)} in {place}"
     if cache.warnings:
         first = " ".join(str(cache.warnings[0]).split())

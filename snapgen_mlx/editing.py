@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from .errors import UsageError, shown
+from .srgb import upright
 
 SEAM = 100  # the longer side divided by the width of the blended seam
 SQUEEZE = 0.05  # change of the logarithm of width / height that is seen
@@ -37,8 +38,10 @@ class Edit:
             if not isinstance(picture, Image.Image):
                 raise UsageError(f"image and mask must be PIL's, not {shown(picture)}")
             _check_sides(picture.size)
-        image = ImageOps.exif_transpose(image)
-        self.image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        try:
+            self.image = upright(image)
+        except ValueError as e:
+            raise UsageError(f"the picture to start from: {e}") from e
         self.mask = None if mask is None else _to_mask(ImageOps.exif_transpose(mask))
         if self.mask is not None and self.mask.size != self.image.size:
             raise UsageError(

@@ -297,7 +297,7 @@ def streamed_bytes(model: QwenImage) -> int:
 def _mmdit_floats(
     config: QwenImageConfig, tokens: int, batch: int, text_tokens: int, metal: bool
 ) -> int:
-    """Bytes of activations of one evaluation of Qwen-Image.
+    """Numbers that one evaluation of Qwen-Image holds at its peak.
 
     At the peak of a block, the rows that are evaluated at once need 21 vectors for each token and
     their attention scores. The tokens of the other rows and the modulation of every block are

@@ -239,8 +239,8 @@ class Pipeline(Parts):
             steps = denoise(dits, start, text, masks, sigmas, s.guidance, negative, put_back)
             for step in steps:
                 mx.eval(step.x, step.x0)
-                used = self.width(names[step.index])
-                check_finite([step.x], f"step {step.index + 1} of the transformer", used)
+                what = f"step {step.index + 1} of the transformer"
+                check_finite([step.x], what, self.width(names[step.index]))
                 yield step
 
         return evaluated()

@@ -1,5 +1,6 @@
 """Sampling the flow: sigmas, guidance and Euler steps (paper 3.3; shift after SD3)."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, repeat
@@ -100,11 +101,13 @@ def denoise(
     B = noise.shape[0]
     guided = guidance != 1.0
     each = dits if isinstance(dits, Iterator) else repeat(dits)
-    dit = None
+    # Nothing of a transformer is held between steps: the caller may let go of it.
+    known: weakref.ref[Transformer] | None = None
     x = noise.astype(mx.float32)  # schedule maths in float32
     for i, (sigma, following) in enumerate(pairwise(sigmas)):
-        before, dit = dit, next(each)
-        if dit is not before:
+        dit = next(each)
+        if known is None or known() is not dit:
+            known = weakref.ref(dit)
             conditions: Any = dit.condition_text(text, masks, B)  # of the transformer's own kind
             if guided:
                 conditions = conditions.join(dit.condition_text(*(negative or ({}, {})), B))
@@ -117,6 +120,7 @@ def denoise(
         x = x + (following - sigma) * v
         if put_back is not None:
             x = put_back(x, following)
+        del dit
         yield Step(i, sigma, x, x0)
 
 

@@ -1,7 +1,7 @@
 """Widths and steps for a picture in a given time, by step times measured on this machine."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from .errors import UsageError
@@ -22,7 +22,12 @@ class StepTimes:
         """Seconds of a picture, without encoding its text."""
         return sum(count * self.steps[name] for name, count in parts) + self.decoding
 
-    def choose(self, seconds: float, steps: int) -> list[tuple[str, int]]:
+    def choose(
+        self,
+        seconds: float,
+        steps: int,
+        fits: Callable[[list[tuple[str, int]]], bool] = lambda parts: True,
+    ) -> list[tuple[str, int]]:
         """Choose the width of each step within a time.
 
         As many steps as possible go to the widest width, the others to the next ones. A narrower
@@ -33,6 +38,7 @@ class StepTimes:
             seconds: for the whole picture.
             steps: that the model wants. If the narrowest width cannot make them in time, it makes
                 fewer.
+            fits: whether widths that are used together fit into memory.
 
         Returns:
             Pairs (width, steps).
@@ -41,7 +47,7 @@ class StepTimes:
             UsageError: there is no time for a single step.
         """
         names = list(self.steps)
-        fitting = [p for p in _splits(names, steps) if self.picture(p) <= seconds]
+        fitting = [p for p in _splits(names, steps) if self.picture(p) <= seconds and fits(p)]
         if fitting:
             return max(fitting, key=lambda p: [dict(p).get(name, 0) for name in reversed(names)])
         each = self.steps[names[0]]
@@ -102,8 +108,15 @@ def variant_within(pipe: Pipeline, settings: Settings, seconds: float) -> tuple[
         seconds: for the picture.
     """
     times = measure(pipe, settings)
-    parts = times.choose(seconds, settings.steps)
-    variant = ",".join(f"{name}:{count}" for name, count in parts)
+
+    def named(parts: list[tuple[str, int]]) -> str:
+        return ",".join(f"{name}:{count}" for name, count in parts)
+
+    def fits(parts: list[tuple[str, int]]) -> bool:
+        return pipe.force or pipe.memory.fits(named(parts), pipe.request(settings))
+
+    parts = times.choose(seconds, settings.steps, fits)
+    variant = named(parts)
     pipe.switch(variant)
     measured = ", ".join(f"{name} {each:.3g}" for name, each in times.steps.items())
     return variant, (

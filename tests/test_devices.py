@@ -175,6 +175,17 @@ def test_a_step_trains_float32_weights_by_bfloat16_copies(monkeypatch):
     assert copy.up[0].ffn.fc1.weight.dtype == mx.bfloat16
 
 
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
+    files = [tmp_path / "new", tmp_path / "old"]
+    monkeypatch.setattr(device, "CONTAINER_LIMITS", files)
+    whole = device.usable_memory()
+    files[0].write_text("max\n")
+    files[1].write_text("9223372036854771712\n")  # no limit
+    assert device.usable_memory() == whole
+    files[0].write_text(f"{10**9}\n")
+    assert device.usable_memory() == int(0.8 * 10**9)
+
+
 def test_limits_are_set_where_a_gpu_names_its_memory(model, monkeypatch):
     calls = {}
     for name in ("set_wired_limit", "set_cache_limit"):

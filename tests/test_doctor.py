@@ -23,6 +23,15 @@ def test_all_is_well_then_a_damaged_model_and_slow_matrices_are_told(tmp_path, m
     assert "libopenblas0" in result.output and str(weights.parent) in result.output
 
 
+def test_a_missing_home_and_a_cache_that_is_a_file_are_findings(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert "set HOME" in found["disk"].advice and "set HF_HOME" in found["cache"].advice
+    assert found["python"].advice is None
+
+
 def test_the_cache_and_the_hash_of_a_model_that_was_downloaded(tmp_path, monkeypatch):
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

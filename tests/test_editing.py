@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile
 
 from snapgen_mlx import Pipeline
@@ -11,6 +11,7 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.editing import Edit, parse_margins, read_picture
 from snapgen_mlx.errors import UsageError
 
+from .test_picture_faults import p3_profile
 from .tiny import write_tiny_model
 
 
@@ -145,6 +146,23 @@ def test_large_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatc
     monkeypatch.setattr(PngImageFile, "load", lambda *_: pytest.fail("was decoded"))
     with pytest.raises(UsageError, match="9000x10 pixels; 8192 a side at most"):
         read_picture(tmp_path / "wide.png")
+
+
+def test_pictures_of_cameras_are_read_as_they_look(tmp_path):
+    """16 bits are scaled, not clipped at white; colours are those of the file's profile."""
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    grey = np.array(Edit(read_picture(tmp_path / "deep.png")).image)[..., 0].astype(int)
+    assert np.abs(grey - levels / 257).max() <= 1
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    colours.save(tmp_path / "own.png", icc_profile=own)
+    assert (array(Edit(read_picture(tmp_path / "own.png")).image) == array(colours)).all()
+    colours.save(tmp_path / "phone.png", icc_profile=p3_profile())
+    seen = array(Edit(read_picture(tmp_path / "phone.png")).image)
+    assert np.abs(seen - array(colours)).mean() > 3  # Display P3 is wider
+    with pytest.raises(UsageError, match="floating-point"):
+        Edit(Image.new("F", (64, 64)))
 
 
 def test_a_mask_is_turned_as_its_picture(tmp_path):

@@ -453,6 +453,16 @@ def collect(records):
             return e.value, seen
 
 
+def test_long_clauses_in_quoted_captions_are_no_file_names(tmp_path):
+    """Captions in paragraphs: a clause after a line break may be longer than any name can be."""
+    picture(tmp_path / "a.png", (200, 0, 0))
+    caption = "A red square.\n" + "\u7ea2" * 100 + ", with a plain border, on white"
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([["file_name", "text"], ["a.png", caption]])
+    (example,) = read_folder(tmp_path)
+    assert example.captions == [caption]
+
+
 def test_transparent_pictures_keep_their_transparency(tmp_path):
     """Premultiplied, scaled without fringes; a photo is opaque."""
     pixels = np.zeros((16, 16, 4), np.uint8)

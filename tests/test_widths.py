@@ -1,6 +1,8 @@
 """A width for each step, widths chosen by time, and refusals of memory that are overruled."""
 
+import gc
 import json
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -101,9 +103,12 @@ def test_memory_counts_the_widths_that_stay(model):
     assert peak("tiny:1,full:1", low_ram=True) == max(peak(n, low_ram=True) for n in weights)
     assert sizes.predict("full:2", request) == sizes.predict("full", request)
     pipe = Pipeline.load(model, "tiny:1,full:2", low_ram=True)
-    held = []
+    held, tiny = [], None
     for _ in pipe.stream(pipe.settings("a cat")):
         held.append(list(pipe._dits))
+        tiny = tiny or weakref.ref(pipe.width("tiny"))
+        gc.collect()
+        assert (tiny() is None) == (held[-1] == ["full"])  # nobody else holds it
     assert held == [["tiny"], ["full"], ["full"]]
     assert mx.array_equal(latent(pipe), latent(Pipeline.load(model, "tiny:1,full:2")))
 
@@ -149,6 +154,22 @@ TIMES = StepTimes({"tiny": 1.0, "small": 2.0, "full": 4.0}, decoding=0.5)
 def test_time_is_filled_with_all_steps_and_wide_ones_last(seconds, expected):
     assert TIMES.choose(seconds, 4) == expected
     assert TIMES.picture(expected) <= seconds
+
+
+def test_widths_that_do_not_fit_together_are_not_chosen():
+    assert TIMES.choose(13.6, 4, lambda parts: len(parts) == 1) == [("small", 4)]
+
+
+def test_previews_with_little_memory_let_go_of_the_transformer(model):
+    """Each is decoded while no transformer is held, and the picture stays the same."""
+    pipe = Pipeline.load(model, "tiny", low_ram=True)
+    for step in pipe.stream(pipe.settings("a cat")):
+        held = weakref.ref(pipe.width("tiny"))
+        pipe.decode(step.x0, preview=True)
+        gc.collect()
+        assert held() is None
+    whole = Pipeline.load(model, "tiny")
+    assert mx.array_equal(step.x, last_step(whole.stream(whole.settings("a cat"))).x)
 
 
 def test_no_time_is_refused():

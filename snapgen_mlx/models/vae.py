@@ -102,8 +102,8 @@ class VAEConfig(ConfigMixin):
         57 count half (an estimate).
 
         Args:
-            h: rows of the picture in pixels.
-            w: columns of the picture in pixels.
+            h: rows of the latent.
+            w: columns of the latent.
             size: bytes of a number.
         """
         scale = 2 ** (len(self.dim_mult) - 1)

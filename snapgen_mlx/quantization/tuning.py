@@ -91,13 +91,22 @@ class TuningTrainer(ElasticTrainer):
         noise["t"] = self.sigmas[mx.array(rng.integers(len(self.sigmas), size=shape[0]))]
         return noise, subnets
 
+    def _pass(self, index: int, parts: list, guides: list) -> tuple[dict, dict, list]:
+        """Asks the teacher outside of the gradients: there attention is fused."""
+        asked = [self._asked(index, batch) for batch, _ in parts]
+        return super()._pass(index, parts, [g | a for g, a in zip(guides, asked, strict=True)])
+
+    def _asked(self, index: int, batch) -> dict[str, mx.array]:
+        v, tokens = velocity_and_tokens(self.teachers[index], *batch)
+        answers = {"v": v, "tokens": mx.fast.layer_norm(tokens, None, None, 1e-6)}
+        mx.eval(answers)
+        return answers
+
     def objective(self, index, own, batch, target, guide):
         v, tokens = velocity_and_tokens(self._bind(index, own), *batch)
-        v_float, tokens_float = velocity_and_tokens(self.teachers[index], *batch)
-        tokens, tokens_float = (
-            mx.fast.layer_norm(a, None, None, 1e-6) for a in (tokens, tokens_float)
-        )
-        out, features = (v - v_float).square().mean(), (tokens - tokens_float).square().mean()
+        tokens = mx.fast.layer_norm(tokens, None, None, 1e-6)
+        out = (v - guide["v"]).square().mean()
+        features = (tokens - guide["tokens"]).square().mean()
         return out + features, {"out": out, "features": features}, v
 
 

@@ -8,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import DiTConfig
-from ..device import training_dtype
+from ..device import inference_dtype, training_dtype
 from ..errors import UsageError
 from ..loading import load_dit, load_float_supernet, load_vae
 from ..lora import fuse_lora, load_lora
+from ..memory import TILE
 from ..models.dit import DiT
 from ..models.elastic import slice_flat
 from ..models.sizes import weight_bytes
@@ -108,8 +109,11 @@ def distill_few_steps(
 
 def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> TrainingMemory:
     """Predicts what distilling one width of a model folder needs."""
-    memory = TrainingMemory.from_model(model, teacher.memory)
-    return with_critic(replace(memory, frozen=weight_bytes(dit)), dit.config, rank)
+    memory, vae = TrainingMemory.from_model(model, teacher.memory), load_vae(model)
+    memory = with_critic(replace(memory, frozen=weight_bytes(dit)), dit.config, rank)
+    size = 4 if vae.config.always_float32 else inference_dtype().size
+    decoding = vae.decoder_bytes + vae.config.decoding_bytes(*memory.size, TILE, size)
+    return replace(memory, watched=decoding)
 
 
 def with_critic(memory: TrainingMemory, config: DiTConfig, rank: int) -> TrainingMemory:

@@ -99,13 +99,13 @@ def finetune(
     sets = yield from encode_data(model, parts, output / "cache", flip, prior)
     if teacher:
         sets = yield from teach(teacher, sets, output / "cache")
+    report = None
+    if mx.distributed.init().rank() == 0:  # it reads the text encoders, so before the weights
+        captions = [e.captions[0] for e in parts[-1]]
+        report = Report(output / "run", model, captions, options)
     if elastic.lora:
         # Or every compiled function would read, cut and expand them again in each step.
         mx.eval([dit.parameters() for dit in trainer.models])
-    report = None
-    if mx.distributed.init().rank() == 0:
-        captions = [e.captions[0] for e in parts[-1]]
-        report = Report(output / "run", model, captions, options)
     held_out = sets[1] if validation else None
     for record in train(trainer, sets[0], output / "run", options, held_out, stop):
         yield record

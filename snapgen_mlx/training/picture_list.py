@@ -138,6 +138,7 @@ def _table(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
             break
     else:
         raise SnapGenError(f"{path} has no column file_name, separated by commas, but {first!r}")
+    there = {_normal(file.name) for file in path.parent.iterdir()}
     while True:
         number = table.line_num + 1 + skipped
         try:
@@ -154,7 +155,7 @@ def _table(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
                 f"{len(fields)} fields for {len(columns)} columns; a caption with {separator!r} in "
                 "it needs quotes"
             )
-        elif _swallows(fields, separator, path.parent):
+        elif _swallows(fields, separator, there):
             raise SnapGenError(
                 f"{path}, the row from line {number} on: a quote is not closed, the next rows are "
                 "in its caption"
@@ -166,11 +167,12 @@ def _quotes(e: csv.Error) -> str:
     return f"a quote is not closed, or not doubled within quotes ({e})"
 
 
-def _swallows(fields: list[str], separator: str, folder: Path) -> bool:
-    """Whether a field goes on over lines that begin as rows do: with a picture's name."""
+def _swallows(fields: list[str], separator: str, there: set[str]) -> bool:
+    """Whether a field goes on over lines that begin as rows do: with the name of a picture, here by
+    its last part, or of anything else that is ``there`` in the folder."""
     lines = [line for field in fields for line in field.split("\n")[1:] if separator in line]
     names = (name.strip() for line in lines for name in line.split(separator))
-    return any(name and find_file(folder, name).is_file() for name in names if "\0" not in name)
+    return any(_normal(name.partition("/")[0]) in there for name in names if name)
 
 
 def _usual(row: dict) -> dict:

@@ -10,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from ..errors import SnapGenError
 from ..files import name_impostor
+from ..srgb import to_rgb, upright
 from .picture_list import METADATA, find_file, rows
 
 pillow_heif: ModuleType | None = None
@@ -21,7 +22,6 @@ with suppress(ImportError):
     pillow_heif = import_module("pillow_heif")
     pillow_heif.register_heif_opener()
 
-SRGB = ImageCms.createProfile("sRGB")
 HEIC = (b"ftyphe", b"ftypmif1", b"ftypmsf1")  # what a HEIC file has after its first four bytes
 # Of a PNG's text and colour profile: workflows of several MB are common.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
@@ -171,46 +171,6 @@ def _reason(e: Exception) -> str:
         return "not a picture"
     text = getattr(e, "strerror", None) or str(e) or type(e).__name__
     return " ".join(text.split())
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of any mode, with its transparency: turned as EXIF says, 16 bits scaled, colours
-    as the profile in the file says."""
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
-        levels = np.clip(np.asarray(image) / 257, 0, 255).round()
-        image = Image.fromarray(levels.astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels are not read; save it with 8 or 16 bits")
-    if profile:
-        image = _to_srgb(image, profile)
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """As of ``upright``, transparency on white."""
-    image = upright(image)
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture in sRGB; as it is when its profile is damaged or of other channels."""
-    transparent = image.has_transparency_data
-    if image.mode in ("P", "PA") or (transparent and image.mode != "RGBA"):
-        image = image.convert("RGBA" if transparent else "RGB")
-    alpha = image.getchannel("A") if transparent else None
-    colours = image.convert("RGB") if transparent else image
-    try:
-        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        out = ImageCms.profileToProfile(colours, theirs, SRGB, outputMode="RGB") or colours
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return image
-    if alpha:
-        out.putalpha(alpha)
-    return out
 
 
 def load_image(path, size: tuple[int, int], mirror: bool = False, channels: int = 3) -> np.ndarray:

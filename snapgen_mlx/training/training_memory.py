@@ -90,7 +90,7 @@ class TrainingMemory:
     Args: config, of the supernet; size (H, W) of a latent; text_tokens, per picture; frozen,
         bytes of the weights that a LoRA trains beside; beside, bytes of what else is held;
         trained, how many weights are, when it is neither all nor a LoRA's; teacher, if there is
-        one; guided, whether it is.
+        one; guided, whether it is; watched, bytes of decoding a picture to watch the run by.
     """
 
     config: DiTConfig
@@ -101,6 +101,7 @@ class TrainingMemory:
     trained: int | None = None
     teacher: TeacherMemory | None = None
     guided: bool = False
+    watched: int = 0
 
     @classmethod
     def from_model(cls, model, teacher: TeacherMemory | None = None) -> "TrainingMemory":
@@ -155,7 +156,7 @@ class TrainingMemory:
         student = gradients + max(*passes, int(UPDATE * trained))
         return (
             self.state(options)
-            + max(student, self._asked(options, batch))
+            + max(student, self._asked(options, batch), self.watched)
             + self._kept(options, batch)
         )
 

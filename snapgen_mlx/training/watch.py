@@ -14,6 +14,7 @@ from ..background import on_white
 from ..device import scalar
 from ..errors import SnapGenError
 from ..files import atomic_write
+from ..memory import TILE
 from ..models.interfaces import Autoencoder
 from ..sampling import schedule
 from .dmd import SHIFT
@@ -84,9 +85,10 @@ class Watch:
 
     def _draw(self, draw, batches: list) -> tuple[np.ndarray, np.ndarray]:
         """Latents (N, h, w, C) and pictures (N, H, W, 3) in [0, 1]."""
-        latents = [draw(*batch) for batch in batches]
-        pictures = [np.array(on_white(self.vae.decode(z))) for z in latents]
-        return np.concatenate([np.array(z) for z in latents]), np.concatenate(pictures)
+        latents = np.concatenate([np.array(draw(*batch)) for batch in batches])
+        # One at a time, in tiles: decoding a batch of 1024² takes tens of gigabytes.
+        pictures = [np.array(on_white(self.vae.decode(z[None], TILE))) for z in mx.array(latents)]
+        return latents, np.concatenate(pictures)
 
     def _write(self, step: int, pictures: np.ndarray, theirs: np.ndarray) -> None:
         if mx.distributed.init().rank():
