@@ -21,7 +21,8 @@ class Edit:
     Args:
         image: any mode; transparency is kept.
         mask: of the image's size; white, or transparent where it has transparency, is drawn anew
-            and the rest stays bit for bit. None: everything changes, by ``Settings.strength``.
+            and the rest stays bit for bit, once the image is 8-bit sRGB. None: everything changes,
+            by ``Settings.strength``.
         margins: pixels (left, top, right, bottom) to add around the image, drawn anew.
 
     Raises:

@@ -32,14 +32,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    """By its name and its primaries; some profiles have one of the two alone."""
-    names = ("red_primary", "green_primary", "blue_primary")
-    theirs, own = (
-        [getattr(p.profile, name) for name in names]
-        for p in (profile, ImageCms.ImageCmsProfile(SRGB))
-    )
-    named = "sRGB" in ImageCms.getProfileDescription(profile)
-    return named and None not in theirs and np.allclose(theirs, own, atol=2e-3)
+    """Whether it moves no colour by more than two levels. Names alone do not tell: there is a
+    linear "sRGB"."""
+    levels = np.arange(0, 256, 51, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(6, 36, 3)
+    moved = ImageCms.profileToProfile(Image.fromarray(colours), profile, SRGB, outputMode="RGB")
+    return moved is not None and np.abs(np.array(moved, int) - colours).max() <= 2
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -51,7 +49,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     colours = image.convert("RGB") if transparent else image
     try:
         theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if _is_srgb(theirs):  # rounding would change it
+        if colours.mode == "RGB" and _is_srgb(theirs):  # rounding would change it
             return image
         out = ImageCms.profileToProfile(colours, theirs, SRGB, outputMode="RGB") or colours
     except (ImageCms.PyCMSError, OSError, ValueError):

@@ -112,8 +112,14 @@ def variant_within(pipe: Pipeline, settings: Settings, seconds: float) -> tuple[
     def named(parts: list[tuple[str, int]]) -> str:
         return ",".join(f"{name}:{count}" for name, count in parts)
 
+    found: dict[frozenset[str], bool] = {}
+
     def fits(parts: list[tuple[str, int]]) -> bool:
-        return pipe.force or pipe.memory.fits(named(parts), pipe.request(settings))
+        names = frozenset(name for name, _ in parts)
+        if names not in found:
+            request = pipe.request(settings)
+            found[names] = pipe.force or pipe.memory.fits(named(parts), request)
+        return found[names]
 
     parts = times.choose(seconds, settings.steps, fits)
     variant = named(parts)

@@ -178,6 +178,7 @@ def test_a_step_trains_float32_weights_by_bfloat16_copies(monkeypatch):
 def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch):
     files = [tmp_path / "new", tmp_path / "old"]
     monkeypatch.setattr(device, "CONTAINER_LIMITS", files)
+    monkeypatch.setattr(device, "_working_set", lambda: None)
     whole = device.usable_memory()
     files[0].write_text("max\n")
     files[1].write_text("9223372036854771712\n")  # no limit

@@ -1,5 +1,7 @@
 """Editing: image to image, masks, margins and varied noise, on the embedded and a tiny model."""
 
+import struct
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -13,6 +15,9 @@ from snapgen_mlx.errors import UsageError
 
 from .test_picture_faults import p3_profile
 from .tiny import write_tiny_model
+
+# A colour profile's curve y = x: type, reserved word, function 3, its g, a, b, c and d.
+LINEAR = b"para" + struct.pack(">IHH5i", 0, 3, 0, 1 << 16, 1 << 16, 0, 1 << 16, 0)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,11 @@ def test_pictures_of_cameras_are_read_as_they_look(tmp_path):
     colours.save(tmp_path / "phone.png", icc_profile=p3_profile())
     seen = array(Edit(read_picture(tmp_path / "phone.png")).image)
     assert np.abs(seen - array(colours)).mean() > 3  # Display P3 is wider
+    start = own.index(b"para")
+    linear = own[:start] + LINEAR + own[start + len(LINEAR) :]
+    colours.save(tmp_path / "linear.png", icc_profile=linear)
+    seen = array(Edit(read_picture(tmp_path / "linear.png")).image)
+    assert (seen - array(colours)).mean() > 20  # of the same name and primaries, but brighter
     with pytest.raises(UsageError, match="floating-point"):
         Edit(Image.new("F", (64, 64)))
 

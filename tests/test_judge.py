@@ -497,7 +497,11 @@ def test_a_curve_gets_a_point(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert curve.main(args) == 0
     assert "has its line already" in capsys.readouterr().out
-    (line,) = map(json.loads, (run / "judge.jsonl").read_text().splitlines())
+    for other in (["--first", "7"], ["--guidance", "2"]):
+        assert curve.main([*args, *other]) == 0
+    lines = list(map(json.loads, (run / "judge.jsonl").read_text().splitlines()))
+    assert [(p["first"], p["guidance"]) for p in lines] == [(0, 4), (7, 4), (0, 2)]
+    line = lines[0]
     assert (line["step"], line["prompts"], list(line["widths"])) == (2, 7, ["0.375", "0.5", "1"])
     assert {*TASKS, "overall", "seen", "held_out", "style"} == line["widths"]["1"].keys()
     assert curve.main([str(tmp_path), "--vae", str(tmp_path / "vae")]) == 2

@@ -461,6 +461,13 @@ def test_long_clauses_in_quoted_captions_are_no_file_names(tmp_path):
         csv.writer(f).writerows([["file_name", "text"], ["a.png", caption]])
     (example,) = read_folder(tmp_path)
     assert example.captions == [caption]
+    (tmp_path / "dog").mkdir()  # a word of a caption, not a row
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([["file_name", "text"], ["a.png", "A photo.\nA garden, dog, tree"]])
+    assert len(read_folder(tmp_path)) == 1
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"red\n./a.png,blue\n"\n')
+    with pytest.raises(SnapGenError, match="a quote is not closed"):
+        read_folder(tmp_path)
 
 
 def test_transparent_pictures_keep_their_transparency(tmp_path):

@@ -226,12 +226,15 @@ class Engine:
     def _make_room(self, pipe: Pipeline, wanted: list[Settings]) -> None:
         """Free pipelines that were not used for longest, until ``wanted`` fits beside the rest."""
         need = max(pipe.memory.predict(pipe.variant, pipe.request(s)).peak for s in wanted)
+        if need > usable_memory():  # it is refused when it is to be drawn
+            return
+        own = pipe.loaded()
 
         def beside() -> int:
             held: dict[int, int] = {}
             for other in self._pipelines.values():
                 held |= other.loaded() if other is not pipe else {}
-            return sum(size for key, size in held.items() if key not in pipe.loaded())
+            return sum(size for key, size in held.items() if key not in own)
 
         while beside() + need > usable_memory() and self._free_oldest(pipe):
             pass

@@ -22,7 +22,7 @@ BUCKET_AREA = 0.8  # smallest area of a bucket, as a part of the square's
 ENCODE_BATCH = 32  # pictures between two records; texts that are encoded at once
 ENCODE_PIXELS = 32 * 128 * 128  # pixels that are encoded at once: one picture of 1024²
 TEXTS = 256  # texts in a file of text states
-LOADING = 2  # part of the cached latents' key; raise it when load_image gives other pixels
+LOADING = 1  # part of the cached latents' key; raise it when load_image gives other pixels
 
 
 def bucket_sizes(base: int, config: DiTConfig, downsampling: int) -> list[tuple[int, int]]:

@@ -112,8 +112,8 @@ def few_steps_memory(model: Path, dit: DiT, teacher: Teacher, rank: int) -> Trai
     memory, vae = TrainingMemory.from_model(model, teacher.memory), load_vae(model)
     memory = with_critic(replace(memory, frozen=weight_bytes(dit)), dit.config, rank)
     size = 4 if vae.config.always_float32 else inference_dtype().size
-    decoding = vae.decoder_bytes + vae.config.decoding_bytes(*memory.size, TILE, size)
-    return replace(memory, watched=decoding)
+    decoding = vae.config.decoding_bytes(*memory.size, TILE, size)
+    return replace(memory, beside=memory.beside + vae.decoder_bytes, watched=decoding)
 
 
 def with_critic(memory: TrainingMemory, config: DiTConfig, rank: int) -> TrainingMemory:

@@ -138,7 +138,7 @@ def _table(path: Path) -> Iterator[tuple[str, dict | ValueError]]:
             break
     else:
         raise SnapGenError(f"{path} has no column file_name, separated by commas, but {first!r}")
-    there = {_normal(file.name) for file in path.parent.iterdir()}
+    there = {_normal(entry.name): entry.is_dir() for entry in path.parent.iterdir()}
     while True:
         number = table.line_num + 1 + skipped
         try:
@@ -167,12 +167,12 @@ def _quotes(e: csv.Error) -> str:
     return f"a quote is not closed, or not doubled within quotes ({e})"
 
 
-def _swallows(fields: list[str], separator: str, there: set[str]) -> bool:
-    """Whether a field goes on over lines that begin as rows do: with the name of a picture, here by
-    its last part, or of anything else that is ``there`` in the folder."""
+def _swallows(fields: list[str], separator: str, there: dict[str, bool]) -> bool:
+    """Whether a field goes on over lines that begin as rows do: with a picture's name. ``there``:
+    what the folder holds, and whether it is a folder; of a path its first part is looked at."""
     lines = [line for field in fields for line in field.split("\n")[1:] if separator in line]
-    names = (name.strip() for line in lines for name in line.split(separator))
-    return any(_normal(name.partition("/")[0]) in there for name in names if name)
+    names = (name.strip().removeprefix("./") for line in lines for name in line.split(separator))
+    return any(there.get(_normal(name.partition("/")[0])) == ("/" in name) for name in names)
 
 
 def _usual(row: dict) -> dict:
