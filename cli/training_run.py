@@ -134,8 +134,8 @@ class Stop:
         return self.signal is not None
 
     def watch(self, records):
-        """The records. Ctrl-C in a terminal also ends the compiler that MLX may be waiting for on
-        a CPU; that failure is an interruption."""
+        """Pass the records on. On a CPU, MLX waits for a compiler, and Ctrl-C in a terminal ends
+        that one too. MLX then reports a failure; it counts as an interruption."""
         try:
             yield from records
         except RuntimeError as e:

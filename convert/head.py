@@ -160,8 +160,8 @@ def not_there(
     """
     missing = {}
     gone = "transformer" in components and there is not None and not (dest / "transformer").is_dir()
-    own = [read_about(file).get("base") for file in few_step_loras(dest)] if gone else []
-    if not begun and any(base != head["base"] for base in own):
+    bases = [read_about(file).get("base") for file in few_step_loras(dest)] if gone else []
+    if not begun and any(base != head["base"] for base in bases):
         raise SnapGenError(
             f"{dest / FEW_STEP} holds LoRAs of the transformer that was removed; remove it too"
         )

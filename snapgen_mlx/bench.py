@@ -95,7 +95,7 @@ class Clock:
     seconds: list[float] = field(default_factory=list)
 
     def time(self, work: Callable[[], object], slow: bool = False) -> None:
-        """Run ``work`` once to warm up, then for the rounds; what is known to be ``slow``, once."""
+        """Run ``work`` once to warm up, then for the rounds; ``slow`` work is run once in all."""
         rounds = 1
         if not slow:
             started = time.perf_counter()

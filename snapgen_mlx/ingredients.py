@@ -62,14 +62,12 @@ def differences(found: dict, here: dict, base: bool = False) -> list[str]:
     for name in dict.fromkeys([*before, *now]):
         # Earlier versions of the server wrote no digests of pictures to start from.
         is_unknown = name in ("image", "mask") and name not in before and name in found
-        if before.get(name) != now.get(name) and name not in asked and not is_unknown:
-            words.append(
-                f"another {name}"
-                if name in before and name in now
-                else f"a {name}, which is not here"
-                if name in before
-                else f"no {name}"
-            )
+        if before.get(name) == now.get(name) or name in asked or is_unknown:
+            continue
+        if name not in before:
+            words.append(f"no {name}")
+        else:
+            words.append(f"another {name}" if name in now else f"a {name}, which is not here")
     scales = [
         [name.rpartition(":")[2] for name in metadata.get("loras", [])]
         for metadata in (found, here)

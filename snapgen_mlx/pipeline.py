@@ -323,7 +323,7 @@ class Pipeline(Parts):
         if edit and edit.changes_shape(settings.width, settings.height):
             found.append(
                 f"the picture of {edit.image.width}x{edit.image.height} is drawn as "
-                f"{settings.width}x{settings.height}, which changes its shape; cut it to that shape"
+                f"{settings.width}x{settings.height}, which changes its shape; crop it first"
             )
         excess = self.memory.excess(self.variant, self.request(settings)) if self.force else None
         return [*found, f"--force: {excess}; {MAY_HAPPEN}"] if excess else found

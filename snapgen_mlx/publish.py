@@ -152,7 +152,7 @@ def push(model, repo: str, private: bool = False) -> str:
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = [file.rfilename for file in api.model_info(repo).siblings or []]
         if "model_index.json" in there:
-            raise UsageError(f"{repo} holds a PyTorch model; choose a repository of its own")
+            raise UsageError(f"{repo} holds a PyTorch model; choose another repository")
         # Of an earlier upload: with its index, or its LoRAs, another model would be drawn with.
         gone = [hub.CommitOperationDelete(n) for n in there if _is_ours(n) and n not in names]
         message = "Upload by snapgen-mlx"

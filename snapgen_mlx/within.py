@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from .errors import UsageError
 from .pipeline import Pipeline
@@ -112,14 +113,12 @@ def variant_within(pipe: Pipeline, settings: Settings, seconds: float) -> tuple[
     def named(parts: list[tuple[str, int]]) -> str:
         return ",".join(f"{name}:{count}" for name, count in parts)
 
-    found: dict[frozenset[str], bool] = {}
+    @cache
+    def together(variant: str) -> bool:
+        return pipe.force or pipe.memory.fits(variant, pipe.request(settings))
 
     def fits(parts: list[tuple[str, int]]) -> bool:
-        names = frozenset(name for name, _ in parts)
-        if names not in found:
-            request = pipe.request(settings)
-            found[names] = pipe.force or pipe.memory.fits(named(parts), request)
-        return found[names]
+        return together(named([(name, 1) for name, _ in parts]))  # counts do not matter
 
     parts = times.choose(seconds, settings.steps, fits)
     variant = named(parts)

@@ -496,7 +496,7 @@ def test_a_curve_gets_a_point(tmp_path, monkeypatch, capsys):
     for _ in range(2):
         capsys.readouterr()
         assert curve.main(args) == 0
-    assert "has its line already" in capsys.readouterr().out
+    assert "a line for this already" in capsys.readouterr().out
     for other in (["--first", "7"], ["--guidance", "2"]):
         assert curve.main([*args, *other]) == 0
     lines = list(map(json.loads, (run / "judge.jsonl").read_text().splitlines()))

@@ -4,7 +4,7 @@
 
 Draws the first prompts of the protocol once, at every width, in PyTorch, and adds a line to
 RUN/judge.jsonl: step, shares by task and overall, and overall of seen and held-out combinations.
-It reads the run's last state and may run beside the training; what has its line already is not
+It reads the run's last state and may run beside the training. What has a line already is not
 drawn again. ``--first 96`` draws the prompts after those, on which to choose a guidance.
 """
 
@@ -122,7 +122,7 @@ def main(argv=None) -> None:
     parser.add_argument("--guidance", type=float, default=4.0, help="(4)")
     args = parser.parse_args(argv)
     record = point(args.run, args.vae, args.first, args.prompts, args.steps, args.guidance)
-    print("this has its line already" if record is None else json.dumps(record))
+    print("there is a line for this already" if record is None else json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main(argv=None) -> None:
     parser.add_argument("vae", type=Path, help="folder of recipes.embedded.autoencoder")
     parser.add_argument("out", type=Path, help="folder of shards")
     parser.add_argument("--shards", type=span, default=range(0), help="numbers, such as 0:16")
-    parser.add_argument("--heldout", action="store_true", help="make the two for validation")
+    parser.add_argument("--heldout", action="store_true", help="make the two shards for validation")
     args = parser.parse_args(argv)
     if not args.shards and not args.heldout:
         raise UsageError("say what to make: --shards 0:16, --heldout, or both")

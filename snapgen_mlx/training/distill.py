@@ -215,6 +215,7 @@ def rows(count: int, parts: int) -> list[slice]:
 
 
 def take_rows(arrays: dict[str, mx.array], cut: slice) -> dict[str, mx.array]:
+    """A part of a batch: of each array (B, ...) the samples ``cut``."""
     return {k: a[cut] for k, a in arrays.items()}
 
 
