@@ -59,8 +59,9 @@ class Mix:
 
 # The generator's: with little training, things that compose come before rare ones.
 STICKERS = Mix((0.30, 0.12, 0.14, 0.14, 0.14, 0.10, 0.06), 0.75, 0.85, tidy)
-# The generator's later: large drawings, each of several times as many patches.
-LARGER = Mix((0.60, 0.04, 0.04, 0.25, 0.03, 0.02, 0.02), 0.9, 0.9, tidy)
+# The generator's later: large drawings, each of several times as many patches; and what binds a
+# place or a colour to one of two things, which is learned last.
+LARGER = Mix((0.44, 0.05, 0.05, 0.18, 0.13, 0.12, 0.03), 0.9, 0.9, tidy)
 # The judge's: it must know every thing in every style and place.
 VARIED = Mix((0.34, 0.10, 0.14, 0.12, 0.14, 0.10, 0.06), 0.5, 0.7, loose)
 COPIES = {"3d", "gradient", "flat"}  # drawn alike: a concept is held out in all of them or none
