@@ -4,8 +4,8 @@
     python -m recipes.embedded.latents SPRITES VAE OUT --heldout
 
 Two of three shards after the first six have mostly large drawings, and more of places and of two
-colours: these are learned last. A shard depends on its number alone, so more can be made at any time,
-also while a training reads those that are there. What is there is not made again.
+colours: these are learned last. A shard depends on its number alone, so more can be made at any
+time, also while a training reads those that are there. What is there is not made again.
 """
 
 import argparse
