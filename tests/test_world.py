@@ -86,7 +86,7 @@ def test_a_picture_is_encoded_once_whatever_its_captions(world):
         expected = made[i].image[::64, ::64] / 127.5 - 1
         np.testing.assert_allclose(latents[i], expected, atol=1e-3)
     large = [scene.kind in ("single", "color") for scene in made]
-    assert 0.75 < np.mean(large) < 0.95
+    assert 0.5 < np.mean(large) < 0.75
 
 
 def test_tidy_things_meet_the_patches_in_one_way():
