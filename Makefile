@@ -19,6 +19,12 @@ SLOW := OpenBLAS not found: "apt-get install libopenblas0" makes this about 30 t
 endif
 endif
 
+# On some machines OpenBLAS's AVX512 kernels give other last bits in each process. Tests compare
+# runs bit by bit.
+ifneq ($(shell grep -m 1 -o avx2 /proc/cpuinfo 2>/dev/null),)
+KERNELS := OPENBLAS_CORETYPE=HASWELL
+endif
+
 .PHONY: demo test types embedded stickers speed
 
 demo: .venv/.installed speed
@@ -29,7 +35,7 @@ test: .venv/.installed-test speed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(MAKE) --no-print-directory types
-	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(KERNELS) $(RUN) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The type checker reads files, and finds the packages where an installation has them.
 types: .venv/.installed-test
@@ -136,17 +142,48 @@ $(E)/text_encoder/config.json: | .venv/.installed-embedded
 $(E)/base/config.json: | $(E)/text_encoder/config.json
 	$(PYTHON_M) recipes.embedded.init snapgen_mlx/assets/embedded/vae $(E)/text_encoder $(E)/base
 
-# The sticker model (docs/embedded.md). Scenes are encoded beside the training, which waits for them.
+# The sticker model (docs/embedded.md), to the folder that the package could contain.
 S := runs/stickers
 SHARDS = 69
 PRETRAIN = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
   $(BIN)/python -m recipes.pretrain.train
 
-stickers: $(S)/model/config.json
+# Four steps: every width learns from the guided full width, from the captions of two shards, one
+# of all kinds of scenes and one of mostly large things.
+WIDTHS = tiny small full
+CAPTIONS = $(S)/data/shard-00000.json $(S)/data/shard-00006.json
+FEW = --guidance 3 --lora 16 --learning-rate 5e-4 --steps 1000
 
-$(S)/model/config.json: $(S)/torch/model_index.json
-	$(RUN) $(BIN)/snapgen-mlx convert $(S)/torch $(S)/model
+stickers: $(S)/packed/config.json
 
+$(S)/packed/config.json: $(S)/model/config.json
+	rm -rf $(S)/four-bits $(S)/packed
+	$(RUN) $(BIN)/snapgen-mlx convert $(S)/torch $(S)/four-bits --quantize 4
+	$(PYTHON_M) recipes.embedded.pack $(S)/model $(S)/four-bits $(S)/packed
+
+# The float model with its few-step LoRAs. The base has none, since they would change the teacher.
+$(S)/model/config.json: $(WIDTHS:%=$(S)/few/%/lora.safetensors)
+	rm -rf $(S)/model
+	mkdir -p $(S)/model/few_step
+	for width in $(WIDTHS); do \
+	  cp $(S)/few/$$width/lora.safetensors $(S)/model/few_step/$$width.safetensors || exit 1; done
+	cp -R $(S)/base/. $(S)/model
+
+.PRECIOUS: $(S)/few/%/lora.safetensors
+$(S)/few/%/lora.safetensors: $(S)/base/config.json $(S)/prompts.txt | speed
+	$(DISTILL) $(S)/base $(S)/prompts.txt -o $(S)/few/$* --variant $* $(FEW)
+
+$(S)/prompts.txt: | $(S)/torch/model_index.json
+	$(BIN)/python -c 'import json, sys; \
+	  texts = [text for file in sys.argv[1:] for text in json.load(open(file))]; \
+	  print(*dict.fromkeys(texts), sep="\n")' $(CAPTIONS) > $@.part
+	mv $@.part $@
+
+$(S)/base/config.json: $(S)/torch/model_index.json
+	rm -rf $(S)/base
+	$(RUN) $(BIN)/snapgen-mlx convert $(S)/torch $(S)/base
+
+# Scenes are encoded beside the training, which waits for them.
 $(S)/torch/model_index.json: | $(S)/data/heldout.safetensors $(S)/words/config.json
 	$(PRETRAIN) --data $(S)/data --out $(S)/run --config recipes/pretrain/stickers.json \
 	  --words $(S)/words --vae $(S)/vae & training=$$!; failed=0; \

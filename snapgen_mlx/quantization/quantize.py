@@ -299,12 +299,12 @@ def _write_others(model: Path, tmp: Path, form: Backend) -> list[Component]:
         if file.is_file():
             shutil.copyfile(file, tmp / file.name)
     write_json(tmp / "config.json", derived_config(model))
-    copy_few_step_loras(model, tmp, partial(_short_lora, form=form))
+    copy_few_step_loras(model, tmp, partial(short_lora, form=form))
     write_components(tmp, parts)
     return parts
 
 
-def _short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.array]:
+def short_lora(tensors: dict[str, mx.array], form: Backend) -> dict[str, mx.array]:
     """A LoRA's tensors in 16 bits, or with palettes its matrices in 8."""
     out: dict[str, mx.array] = {}
     for key, a in tensors.items():
