@@ -19,8 +19,8 @@ SLOW := OpenBLAS not found: "apt-get install libopenblas0" makes this about 30 t
 endif
 endif
 
-# On some machines OpenBLAS's AVX512 kernels give other last bits in each process. Tests compare
-# runs bit by bit.
+# Two tests compare trainings bit by bit. On an AMD EPYC they fail with OpenBLAS's AVX512 kernels and
+# pass with its AVX2 kernels. The cause is not known (docs/training.md).
 ifneq ($(shell grep -m 1 -o avx2 /proc/cpuinfo 2>/dev/null),)
 KERNELS := OPENBLAS_CORETYPE=HASWELL
 endif
