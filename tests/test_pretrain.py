@@ -338,11 +338,12 @@ def test_two_processes_are_one_with_the_doubled_batch(data, start, tmp_path, spl
     a, b = states.load(tmp_path / "two"), states.load(one)
     assert a["params"].keys() == b["params"].keys()
     # A softmax does not see what is added to all keys: Adam makes steps of its rounding errors.
-    seen = [k for k in b["params"] if not k.endswith("cross.norm_k.bias")]
+    unseen = ("cross.norm_k.bias", "to_qkv.bias")
     for part in ("params", "ema"):
-        for k in seen:
-            v = b[part][k]
-            assert torch.allclose(a[part][k], v, rtol=1e-3, atol=1e-5), k
+        for k, v in b[part].items():
+            assert torch.allclose(
+                a[part][k], v, rtol=1e-3, atol=0.01 if k.endswith(unseen) else 1e-5
+            ), k
     assert a["optimizers"][0]["state"].keys() == b["optimizers"][0]["state"].keys()
     whole = finished(data, tmp_path, "one", changes | {"steps": 6})
     parts = finished(data, tmp_path, "two", changes | {"steps": 6})

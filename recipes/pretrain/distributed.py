@@ -1,6 +1,8 @@
 """Several processes of one run (`torchrun`): who is who, and weights that they share or split."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,20 +17,26 @@ from snapgen_mlx.errors import UsageError
 from .attention import leading
 
 
-def start(device: str) -> torch.device:
-    """Join the processes that `torchrun` started, if it did; the device of this one.
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the processes that `torchrun` started, if it did, and leave them at the end.
 
-    Raises UsageError where there is no such device.
+    Yields the device of this process. Raises UsageError where there is no such device.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("PyTorch finds no CUDA device here; leave --device out for the CPU")
     if "RANK" not in os.environ:
-        return torch.device(device)
+        yield torch.device(device)
+        return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(device)
+        yield torch.device("cuda", torch.cuda.current_device())
+    else:
+        yield torch.device(device)
+    # Threads of a group that is left to the end of Python can abort the process. After an error
+    # the other processes may wait in the group: it stays.
+    dist.destroy_process_group()
 
 
 def rank() -> int:

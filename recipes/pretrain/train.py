@@ -324,37 +324,38 @@ def decoder(folder: Path):
 
 
 def train(args) -> None:
-    transformer, text, options = read_config(args.config)
-    device = distributed.start(args.device)
-    if options.batch % distributed.processes():
-        raise UsageError(f"{distributed.processes()} processes do not divide {options.batch}")
-    with locked(args.out) if distributed.rank() == 0 else nullcontext():
-        table = args.words if text is None else keep_words(args.words, args.out)
-        network = build(transformer, text, options, table).to(device)
-        if args.init:
-            start_from(network, args.init)
-        words = load_words(table, network.text.config) if network.text else None
-        config = network.dit.config
-        shards = Shards(
-            args.data,
-            words,
-            [] if words else list(config.text_dims),
-            config.in_channels,
-            options.seed,
-            options.first_shards,
-            options.steps_per_shard,
-        )
-        if options.split and distributed.processes() > 1:
-            distributed.shard(network, device)
-        forward = torch.compile(network, dynamic=False) if options.compile else network
-        if distributed.processes() > 1 and not options.split:
-            forward = distributed.replicate(forward)
-        trainer = Elastic(network, options, forward)
-        resume(trainer, shards, args.out)
-        run = Run(trainer, shards, args.out, decoder(args.vae) if args.vae else None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, run.stop)
-        run.loop()
+    with distributed.joined(args.device) as device:
+        processes = distributed.processes()
+        transformer, text, options = read_config(args.config)
+        if options.batch % processes:
+            raise UsageError(f"{processes} processes do not divide {options.batch}")
+        with locked(args.out) if distributed.rank() == 0 else nullcontext():
+            table = args.words if text is None else keep_words(args.words, args.out)
+            network = build(transformer, text, options, table).to(device)
+            if args.init:
+                start_from(network, args.init)
+            words = load_words(table, network.text.config) if network.text else None
+            config = network.dit.config
+            shards = Shards(
+                args.data,
+                words,
+                [] if words else list(config.text_dims),
+                config.in_channels,
+                options.seed,
+                options.first_shards,
+                options.steps_per_shard,
+            )
+            if options.split and processes > 1:
+                distributed.shard(network, device)
+            forward = torch.compile(network, dynamic=False) if options.compile else network
+            if processes > 1 and not options.split:
+                forward = distributed.replicate(forward)
+            trainer = Elastic(network, options, forward)
+            resume(trainer, shards, args.out)
+            run = Run(trainer, shards, args.out, decoder(args.vae) if args.vae else None)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, run.stop)
+            run.loop()
 
 
 @command
