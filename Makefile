@@ -1,8 +1,6 @@
 # make demo      set up, and make a picture with the embedded model
 # make test      set up, run the linter, the type checker and the tests
-# make embedded  train the embedded model from nothing (hours; goes on where it stopped)
-#
-# make stickers  train the sticker model, which will take its place (many hours; goes on likewise)
+# make embedded  train the embedded model from nothing (many hours; goes on where it stopped)
 #
 # Each creates .venv itself. PYTHON=python3.12 names the interpreter for it.
 
@@ -25,11 +23,11 @@ ifneq ($(shell grep -m 1 -o avx2 /proc/cpuinfo 2>/dev/null),)
 KERNELS := OPENBLAS_CORETYPE=HASWELL
 endif
 
-.PHONY: demo test types embedded stickers speed
+.PHONY: demo test types embedded speed
 
 demo: .venv/.installed speed
 	@rm -f demo.png
-	$(RUN) $(BIN)/snapgen-mlx generate "a smiling cat" -o demo.png
+	$(RUN) $(BIN)/snapgen-mlx generate "two blue cats" -o demo.png
 
 test: .venv/.installed-test speed
 	$(BIN)/ruff check .
@@ -72,89 +70,25 @@ $(BIN)/pip:
 	@$(PIP) -e '.[embedded]'
 	@touch $@ .venv/.installed
 
-# The embedded model. Needs npm, and the word list of Debian's wamerican-small. Every step is one
-# target: what is there is not made again (remove it to make it again), and trainings go on from
-# their last saved state.
-E := runs/embedded
-PYTHON_M = $(RUN) $(BIN)/python -m
-FINETUNE = $(RUN) $(BIN)/snapgen-mlx finetune --batch 32
-FURTHER = --learning-rate 8e-4 --warmup 50 --subnets all --no-adaptive
-DISTILL = $(RUN) $(BIN)/snapgen-mlx distill --method kdmd --loss kd --batch 16
-
-embedded: $(E)/model/few_step/tiny.safetensors $(E)/model/few_step/small.safetensors \
-    $(E)/model/few_step/full.safetensors
-	rm -rf $(E)/packed
-	$(RUN) $(BIN)/snapgen-mlx quantize $(E)/model $(E)/packed --backend palette --size 15.9MB --tune 100
-	mkdir -p snapgen_mlx/assets/embedded
-	cp -R $(E)/packed/. snapgen_mlx/assets/embedded
-
-# Four steps: every width takes on its own guidance. The narrow ones need larger changes, and are
-# shown more guidance, since they learn less than all of it.
-FEW_full = --lora 16 --learning-rate 5e-4 --steps 1000
-FEW_small = --lora 24 --learning-rate 1e-3 --steps 1200 --guidance 6
-FEW_tiny = $(FEW_small)
-.PRECIOUS: $(E)/few/%/lora.safetensors
-$(E)/few/%/lora.safetensors: $(E)/dit-last/config.json
-	rm -rf $(E)/few/$*-alone
-	$(BIN)/snapgen-mlx slice $(E)/dit-last $(E)/few/$*-alone --variant $*
-	$(DISTILL) $(E)/dit-last $(E)/core/train -o $(E)/few/$* --variant $* \
-	  --teacher $(E)/few/$*-alone $(FEW_$*)
-
-$(E)/model/few_step/%.safetensors: $(E)/few/%/lora.safetensors
-	rm -rf $(E)/packed.* # measurements and tuning of another model
-	mkdir -p $(@D)
-	cd $(E)/dit-last && cp -R config.json text_encoder transformer vae ../model
-	cp $< $@
-
-# First all concepts, then the plain ones alone, then these in all styles, and those further, twice.
-$(E)/dit-last/config.json: $(E)/dit-further/config.json
-	$(FINETUNE) $(E)/dit-further $(E)/core/train -o $(E)/dit-last --validation $(E)/core/heldout \
-	  $(FURTHER) --steps 2500
-
-$(E)/dit-further/config.json: $(E)/dit-styles/config.json
-	$(FINETUNE) $(E)/dit-styles $(E)/core/train -o $(E)/dit-further --validation $(E)/core/heldout \
-	  $(FURTHER) --steps 2200
-
-$(E)/dit-styles/config.json: $(E)/dit-core/config.json $(E)/core/card.json
-	$(FINETUNE) $(E)/dit-core $(E)/core/train -o $(E)/dit-styles \
-	  --learning-rate 1e-3 --validation $(E)/core/heldout --steps 3000 --warmup 50 --subnets all --no-adaptive
-
-$(E)/dit-core/config.json: $(E)/dit/config.json $(E)/core-two-styles/card.json
-	$(FINETUNE) $(E)/dit $(E)/core-two-styles/train -o $(E)/dit-core \
-	  --learning-rate 1e-3 --validation $(E)/core-two-styles/heldout --steps 1400 --warmup 50
-
-$(E)/dit/config.json: | $(E)/base/config.json $(E)/two-styles/card.json speed
-	$(FINETUNE) $(E)/base $(E)/two-styles/train -o $(E)/dit \
-	  --learning-rate 1e-3 --validation $(E)/two-styles/heldout --steps 1300 --warmup 200
-
-$(E)/two-styles/card.json: | .venv/.installed-embedded
-	$(PYTHON_M) recipes.embedded.data $(E)/two-styles --styles 3d flat
-
-$(E)/core/card.json: | .venv/.installed-embedded
-	$(PYTHON_M) recipes.embedded.data $(E)/core --core
-
-$(E)/core-two-styles/card.json: | .venv/.installed-embedded
-	$(PYTHON_M) recipes.embedded.data $(E)/core-two-styles --styles 3d flat --core
-
-$(E)/text_encoder/config.json: | .venv/.installed-embedded
-	$(PYTHON_M) recipes.embedded.text_table $(E)/text_encoder
-
-$(E)/base/config.json: | $(E)/text_encoder/config.json
-	$(PYTHON_M) recipes.embedded.init snapgen_mlx/assets/embedded/vae $(E)/text_encoder $(E)/base
-
-# The sticker model (docs/embedded.md), to the folder that the package could contain.
+# The embedded model (docs/embedded.md). Needs npm, and the word list of Debian's wamerican-small.
+# Every step is one target: what is there is not made again (remove it to make it again), and
+# trainings go on from their last saved state.
 S := runs/stickers
 SHARDS = 69
+PYTHON_M = $(RUN) $(BIN)/python -m
 PRETRAIN = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456 \
   $(BIN)/python -m recipes.pretrain.train
 
 # Four steps: every width learns from the guided full width, from the captions of two shards, one
 # of all kinds of scenes and one of mostly large things.
 WIDTHS = tiny small full
+TEACHER = $(S)/base
 CAPTIONS = $(S)/data/shard-00000.json $(S)/data/shard-00006.json
-FEW = --guidance 3 --lora 16 --learning-rate 5e-4 --steps 1000
+DISTILL = --guidance 3 --lora 16 --learning-rate 5e-4 --batch 16 --steps 1000
 
-stickers: $(S)/packed/config.json
+embedded: $(S)/packed/config.json
+	mkdir -p snapgen_mlx/assets/embedded
+	cp -R $(S)/packed/. snapgen_mlx/assets/embedded
 
 $(S)/packed/config.json: $(S)/model/config.json
 	rm -rf $(S)/four-bits $(S)/packed
@@ -171,7 +105,8 @@ $(S)/model/config.json: $(WIDTHS:%=$(S)/few/%/lora.safetensors)
 
 .PRECIOUS: $(S)/few/%/lora.safetensors
 $(S)/few/%/lora.safetensors: $(S)/base/config.json $(S)/prompts.txt | speed
-	$(DISTILL) $(S)/base $(S)/prompts.txt -o $(S)/few/$* --variant $* $(FEW)
+	$(RUN) $(BIN)/snapgen-mlx distill $(S)/base $(S)/prompts.txt -o $(S)/few/$* --method kdmd --loss kd \
+	  --variant $* --teacher $(TEACHER) $(DISTILL)
 
 $(S)/prompts.txt: | $(S)/torch/model_index.json
 	$(BIN)/python -c 'import json, sys; \

@@ -25,29 +25,28 @@ import platform
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.evaluation import draw_latents
 from snapgen_mlx.files import read_json, write_json
 from snapgen_mlx.hub import resolve_model
-from snapgen_mlx.judge import Judge, protocol
+from snapgen_mlx.judge import frechet
 from snapgen_mlx.loading import load_transformer_config
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.sampling import FEW_STEPS
-from snapgen_mlx.scoring import summary
 from snapgen_mlx.training.few_steps import distill_few_steps
 from snapgen_mlx.training.kdmd import KDMDOptions
 from snapgen_mlx.training.loop import RunOptions
 from snapgen_mlx.training.output import LORA
 from snapgen_mlx.training.teacher import load_teacher
 
-from .few_steps import Frechet
+from .judged import Judged, without_judged
 
 EQUAL_TIME = "dmd, time"
 BALANCED = "kdmd, balanced"
 LOSSES = ("kd", "dmd", "kdmd", BALANCED, EQUAL_TIME)  # the last one needs the times before it
+COMPONENTS = 64
 FIGURES = {"frechet": "Fréchet", "energy": "energy", "error": "error", "judge": "judge"}
 
 
@@ -63,11 +62,29 @@ def energy(x: np.ndarray, y: np.ndarray) -> float:
     return float(2 * distances(x, y).mean() - sum(within))
 
 
+class Frechet:
+    """Distance of Gaussians fitted to latents (N, D), on principal components of ``real`` ones."""
+
+    def __init__(self, real: np.ndarray, components: int = COMPONENTS):
+        self.centre = real.mean(axis=0)
+        _, _, axes = np.linalg.svd(real - self.centre, full_matrices=False)
+        self.axes = axes[: min(components, len(real) - 1)]
+        z = self._components(real)
+        self.mean, self.covariance = z.mean(axis=0), np.cov(z, rowvar=False)
+
+    def _components(self, latents: np.ndarray) -> np.ndarray:
+        return (latents - self.centre) @ self.axes.T
+
+    def __call__(self, latents: np.ndarray) -> float:
+        """Of ``latents`` (N, D) and the real ones."""
+        return frechet(self._components(latents), self.mean, self.covariance)
+
+
 class Against:
     """Measures pictures against those that the guided full width draws of the same prompts."""
 
     def __init__(self, model: Path, widest: str, count: int):
-        self.model, self.judge, self.prompts = model, Judge.load(), protocol()[:count]
+        self.model, self.judged = model, Judged(0, count)
         pipe = Pipeline.load(model, widest, base=True)
         self.own, self.other = (self._draw(pipe, first, {}) for first in (0, count))
         self.frechet = Frechet(self.other)
@@ -75,20 +92,15 @@ class Against:
         self.floor = self.figures(pipe, self.own) | {"error": None}
 
     def _draw(self, pipe: Pipeline, first: int, given: dict) -> np.ndarray:
-        jobs = [pipe.settings(p.text, seed=first + i, **given) for i, p in enumerate(self.prompts)]
-        pipe.prepare(jobs)
-        self.grid = pipe.latent_size(jobs[0])
-        return draw_latents(pipe, jobs)
+        return draw_latents(pipe, self.judged.jobs(pipe, first, **given))
 
     def figures(self, pipe: Pipeline, latents: np.ndarray) -> dict[str, float]:
         """Of latents (N, D), drawn from the seeds 0 to N - 1."""
-        grid = mx.array(latents.reshape(len(latents), 1, *self.grid, -1))
-        looks = self.judge.look([pipe.decode(z) for z in grid])
         return {
             "frechet": self.frechet(latents),
             "energy": energy(latents, self.other),
             "error": float(((latents - self.own) ** 2).mean() / self.apart),
-            "judge": summary(self.prompts, looks)["all"]["overall"],
+            "judge": self.judged.figures(pipe, latents)["overall"],
         }
 
     def student(self, variant: str, lora: Path) -> dict[str, float]:
@@ -158,9 +170,8 @@ def main():
     args = parser.parse_args()
 
     model = resolve_model(args.model)
-    scored = {prompt.text for prompt in protocol()}
-    prompts = [line for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
-    prompts = [line for line in prompts if line not in scored]
+    lines = args.prompts.read_text("utf-8").splitlines()
+    prompts = without_judged([line for line in lines if line.strip()])
     widest = load_transformer_config(model).variants[-1]
     against = Against(model, widest, args.count)
     few = args.out / "teacher" / LORA

@@ -18,7 +18,6 @@ runs lie in OUT/ARM-SEED; what is done is not done again. --arms names the elast
 """
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -28,18 +27,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from snapgen_mlx.cli.arguments import encoded
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.files import write_json
-from snapgen_mlx.hub import resolve_model
-from snapgen_mlx.loading import load_float_supernet, load_vae
+from snapgen_mlx.hub import embedded_model
+from snapgen_mlx.loading import load_dit_config, load_float_supernet
 from snapgen_mlx.models.elastic import random_supernet, slice_flat
-from snapgen_mlx.text_loading import load_text_encoders
-from snapgen_mlx.training.data import LatentDataset, cached_latents
+from snapgen_mlx.training.data import LatentDataset
 from snapgen_mlx.training.elastic_trainer import ElasticOptions, ElasticTrainer
+from snapgen_mlx.training.encoding import encode_data
 from snapgen_mlx.training.loop import LOG, RunOptions, fixed_batches, train
 from snapgen_mlx.training.pictures import read_folder
 
-SIZE = 64  # pixels of a picture's side: half the embedded model's, at one latent position a token
 WIDTHS = ["tiny", "small", "full"]
 STANDALONE = [f"standalone-{name}" for name in WIDTHS]
 ELASTIC = {"elastic": {}, "unscaled": {"adaptive": False}, "undistilled": {"distill": 0.0}}
@@ -47,28 +46,29 @@ ROUNDS = 15  # of timing; the median counts
 
 
 def geometry(hidden: int) -> DiTConfig:
-    """The embedded model's with ``hidden`` channels in 8 heads and four layers."""
+    """Of the paper's widths, with ``hidden`` channels in 8 heads and four layers.
+
+    It reads and predicts what the embedded model does: the same texts, latents and patches.
+    """
+    own = load_dit_config(embedded_model())
+    ends = dict(in_channels=own.in_channels, patch_size=own.patch_size, text_dims=own.text_dims)
     sizes = dict(hidden_size=hidden, head_dim=hidden // 8, num_heads=8, num_kv_heads=8)
-    text = dict(cross_kv_heads=4, caption_dim=hidden, text_dims={"static": 128})
-    return DiTConfig(**sizes, **text, layers=[1, 2, 1], bna_blocks=4, patch_size=1)
+    return DiTConfig(
+        **ends, **sizes, cross_kv_heads=4, caption_dim=hidden, layers=[1, 2, 1], bna_blocks=4
+    )
 
 
-def read_data(data: Path, size: int, cache: Path) -> tuple[LatentDataset, LatentDataset]:
+def read_data(data: Path, cache: Path) -> list[LatentDataset]:
     """The pictures to train on and the held-out ones, as latents with captions."""
-    model = resolve_model(None)
-    encoders = load_text_encoders(model)
-    vae = functools.cache(functools.partial(load_vae, model))
 
-    def read(part):
-        examples = read_folder(data / part)
-        latents = yield from cached_latents(vae, "embedded", examples, [(size, size)], cache)
-        sets.append(LatentDataset(latents, [e.captions for e in examples], encoders))
+    def encode():
+        sets.extend((yield from encode_data(embedded_model(), parts, cache)))
 
-    sets = []
-    for part in ("train", "heldout"):
-        for record in read(part):
-            print(f"encoded {record['encoded']} of {record['pictures']} pictures", flush=True)
-    return sets[0], sets[1]
+    sets: list[LatentDataset] = []
+    parts = [read_folder(data / part) for part in ("train", "heldout")]
+    for record in encode():
+        print(encoded(record), flush=True)
+    return sets
 
 
 def make_trainer(arm: str, config: DiTConfig, params: dict, options: dict) -> ElasticTrainer:
@@ -169,14 +169,14 @@ def main():
     args = parser.parse_args()
 
     if args.fine_tune:
-        size, rate = 2 * SIZE, 5e-4
-        config, params = load_float_supernet(resolve_model(None))
+        rate = 5e-4
+        config, params = load_float_supernet(embedded_model())
     else:
-        size, rate = SIZE, 3e-3
+        rate = 3e-3
         config = geometry(args.hidden)
     options = {"learning_rate": args.learning_rate or rate, "steps": args.steps}
     options["warmup"] = min(100, args.steps // 10)
-    data, held_out = read_data(args.data, size, args.out / "cache")
+    data, held_out = read_data(args.data, args.out / "cache")
     losses = {arm: [] for arm in [*STANDALONE, *args.arms]}
     for seed in range(args.seeds):
         if not args.fine_tune:

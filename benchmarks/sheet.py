@@ -1,7 +1,6 @@
 """A sheet of prompts by the three variants, all from seed 0: ``python -m benchmarks.sheet OUT``.
 
-Nothing is picked: the 48 prompts stand below, several of them phrased as no training caption is.
-``--prompts FILE`` draws other ones, such as those of ``benchmarks/prompts``.
+Nothing is picked. ``--prompts benchmarks/prompts/varied.txt`` draws what a newcomer may ask for.
 """
 
 import argparse
@@ -16,24 +15,13 @@ from snapgen_mlx.files import atomic_write
 from snapgen_mlx.pipeline import Pipeline
 from snapgen_mlx.training.report import picture_grid
 
-PROMPTS = """
-a smiling cat; a happy kitty; a red apple; a rocket; a slice of pizza; a green book
-a sad face; a laughing face; a crying face; a face with sunglasses; a dog; a cute puppy
-a lion; a panda; a frog; a penguin; an owl; a butterfly
-a red heart; a yellow star; the sun; a full moon; a snowman; a rainbow
-a hamburger; a cup of coffee; a birthday cake; an ice cream; a strawberry; a banana
-a car; a bicycle; an airplane; a sailboat; a house; a castle
-a guitar; a soccer ball; a trophy; a key; a light bulb; a camera
-a sunflower; a cactus; a christmas tree; a flat icon of a rocket; a flat icon of a cat; a tulip
-"""
+PROMPTS = Path(__file__).parent / "prompts" / "composed.txt"
 VARIANTS = ["tiny", "small", "full"]
 CELL, COLUMNS = 96, 12
 
 
-def read_prompts(file: Path | None) -> list[str]:
+def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, a line each; lines that begin with # name what follows."""
-    if file is None:
-        return [p.strip() for p in PROMPTS.replace("\n", ";").split(";") if p.strip()]
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
@@ -46,7 +34,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("-m", "--model")
-    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="text file, a prompt a line")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     args = parser.parse_args(argv)

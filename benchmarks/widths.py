@@ -1,26 +1,26 @@
 """A width for each step: time against quality, and the frontier.
 
-    python -m benchmarks.widths DATA -m MODEL [--count 100] [--plot docs/widths.png] [--json FILE]
+    python -m benchmarks.widths [-m MODEL] [--prompts 48] [--first 96] [--plot FILE] [--json FILE]
 
-Every schedule of 1 to 4 steps in which no width comes after a wider one draws the same held-out
-phrasings from the same noise; DATA and the figures are as of ``benchmarks.few_steps``. On a
-frontier is a schedule than which no other is both faster and better: nearer to the prompts, or
-nearer to real pictures by Fréchet distance. Blurred pictures of one step are near to the prompts
-and far from real ones.
+Every schedule of 1 to 4 steps in which no width comes after a wider one draws the same prompts of
+the judge from the same noise; the figures are as of ``benchmarks.few_steps``. On a frontier is a
+schedule than which no other is both faster and better: more pictures are right, or they are nearer
+to real scenes by Fréchet distance. By default these are not the prompts that ``few_steps`` scores:
+whoever chooses a schedule by them can still be scored on the others.
 """
 
 import argparse
 import json
 import math
-import os
-import platform
 from itertools import combinations_with_replacement
 from pathlib import Path
 
 from snapgen_mlx.files import atomic_write, write_json
 from snapgen_mlx.pipeline import Pipeline
 
-from .few_steps import Evaluation
+from .judged import Judged
+
+MOST = 4  # steps of a schedule
 
 
 def schedules(names: list[str], most: int) -> list[str]:
@@ -34,8 +34,8 @@ def schedules(names: list[str], most: int) -> list[str]:
 
 
 # What counts as better, by figure: 1 for larger, -1 for smaller.
-BETTER = {"top1": 1, "frechet": -1}
-TITLES = {"top1": "nearest", "frechet": "Fréchet"}
+BETTER = {"overall": 1, "frechet": -1}
+TITLES = {"overall": "overall", "frechet": "Fréchet"}
 
 
 def frontier(results: dict[str, dict], key: str) -> list[str]:
@@ -51,14 +51,11 @@ def frontier(results: dict[str, dict], key: str) -> list[str]:
 
 def table(results: dict[str, dict]) -> list[str]:
     best = {key: frontier(results, key) for key in BETTER}
-    lines = [
-        "| schedule | s | nearest | in five | Fréchet | on the frontier of |",
-        "|---" * 6 + "|",
-    ]
+    lines = ["| schedule | s | overall | Fréchet | on the frontier of |", "|---" * 5 + "|"]
     for name, r in results.items():
-        cells = [f"{r['seconds']:.3f}", f"{100 * r['top1']:.1f} %", f"{100 * r['top5']:.1f} %"]
+        cells = [f"{r['seconds']:.3f}", f"{100 * r['overall']:.1f} %", f"{r['frechet']:.2f}"]
         mark = ", ".join(TITLES[key] for key in BETTER if name in best[key])
-        lines.append(f"| {name} | {' | '.join(cells)} | {r['frechet']:.1f} | {mark} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {mark} |")
     return lines
 
 
@@ -67,9 +64,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    labels = {"top1": "nearest picture is of the prompt, %", "frechet": "Fréchet distance"}
+    labels = {"overall": "right pictures, %", "frechet": "Fréchet distance to real scenes"}
     for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
-        factor = 100 if key == "top1" else 1
+        factor = 100 if key == "overall" else 1
         for kind, mixed in (("one width", False), ("several widths", True)):
             own = [r for name, r in results.items() if ("," in name) == mixed]
             x, y = [r["seconds"] for r in own], [factor * r[key] for r in own]
@@ -90,26 +87,23 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("-m", "--model")
-    parser.add_argument("--count", type=int, default=100, help="pictures of a schedule")
-    parser.add_argument("--steps", type=int, default=4, help="at most")
+    parser.add_argument("-m", "--model", help="[default: the embedded one]")
+    parser.add_argument("--prompts", type=int, default=48, help="of the judge, a picture each")
+    parser.add_argument("--first", type=int, default=96, help="of its prompts to leave out")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    evaluation = Evaluation(args.data, args.model, args.count)
-    pipe = Pipeline.load(args.model)
-    results = {}
-    for variant in schedules(list(pipe.dit_config.variants), args.steps):
+    judged, pipe, results = Judged(args.first, args.prompts), Pipeline.load(args.model), {}
+    for variant in schedules(pipe.dit_config.variants, MOST):
         pipe.switch(variant)
-        results[variant], _ = evaluation(pipe)
+        results[variant] = judged(pipe)
         print(variant, json.dumps(results[variant]), flush=True)
-    print("\n".join(table(results)))
+    head = judged.head(pipe)
+    print("\n".join([json.dumps(head), "", *table(results)]))
     if args.plot:
         plot(results, args.plot)
     if args.json:
-        machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        write_json(args.json, {"machine": machine, "pictures": args.count, "results": results})
+        write_json(args.json, head | {"results": results})
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ dtype_option = click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     callback=_dtype,
-    help="To compute with (default: float16 on a GPU, float32 on a CPU).",
+    help="Type of numbers to compute with (default: float16 on a GPU, float32 on a CPU).",
 )
 
 
@@ -80,7 +80,7 @@ class Seconds(Number):
 
 
 force_option = click.option(
-    "--force", is_flag=True, help="Go on although memory is predicted not to suffice."
+    "--force", is_flag=True, help="Go on even if the predicted memory does not fit."
 )
 
 

@@ -30,7 +30,9 @@ PARTS = ("encode", "step", "decode", "picture", "training")  # of ``snapgen_mlx.
 )
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="Parts (default: all).")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="For training.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=4, show_default=True, help="Of the training step."
+)
 @dtype_option
 @click.option("--json", "file", type=click.Path(dir_okay=False), help="Also write a file to post.")
 def bench(model, geometry, variants, sizes, bits, only, rounds, batch, dtype, file):

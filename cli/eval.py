@@ -35,7 +35,7 @@ def model_and_data(ctx, param, values: tuple[str, ...]) -> tuple[str | None, str
     "--count",
     type=click.IntRange(0),
     help="Pictures drawn at each width, at most  [default: all of the judge's prompts from four "
-    "seeds, or 100 of DATA]; with DATA 0 measures only the loss.",
+    "seeds, or 100 of DATA]; with DATA, 0 measures only the loss.",
 )
 @click.option("--json", "path", type=click.Path(dir_okay=False), help="Write the figures here.")
 def eval(paths, caption, skip_bad, variants, steps, guidance, count, path):
@@ -43,14 +43,16 @@ def eval(paths, caption, skip_bad, variants, steps, guidance, count, path):
 
     MODEL is a folder, a Hub id, or nothing for the embedded model; DATA is as for finetune.
 
-    Without DATA the model draws prompts of GenEval's six tasks, and a detector that never saw its
-    pictures judges them: the shares of right ones, apart for combinations that no training of the
-    sticker model shows (docs/judge.md).
+    Without DATA the model draws prompts of GenEval's six tasks. The judge, a detector that never
+    saw a generated picture, says which share of the pictures is right. Two more lines give the
+    shares of combinations that the embedded model's training shows ("seen") and that it never shows
+    ("held-out"). See docs/judge.md.
 
-    With DATA: Loss: how far predicted velocities are off, on noise that is always the same. Recall
-    of known drawings: the share of drawn pictures whose nearest one in DATA shows the concept they
-    were asked for, first and among the first five. Concepts are named in metadata.jsonl; else
-    pictures with the same caption are one. Models of transparent pictures have the loss alone.
+    With DATA the command prints the loss: the error of predicted velocities, always on the same
+    noise. For a model that draws on white it also prints recall of known drawings: the share of
+    drawn pictures whose nearest picture in DATA, or one of the nearest five, shows the prompted
+    concept. metadata.jsonl names the concepts; without names, pictures with the same caption show
+    one concept.
     """
     from snapgen_mlx.files import write_json
     from snapgen_mlx.names import check_place

@@ -35,7 +35,7 @@ from .training_run import explanation, follow
     type=click.IntRange(1, 9999),
     default=1,
     show_default=True,
-    help="Draw each picture of DATA so many times as often as one of --prior.",
+    help="Use each picture of DATA this many times as often as one of --prior.",
 )
 @click.option(
     "--from-lora",

@@ -10,7 +10,7 @@ import click
     required=True,
     type=click.Choice(["full", "small", "tiny", "embedded"]),
     help="full: the 1.6 B model with three widths; small, tiny: one width of it; embedded: "
-    "the shipped model.",
+    "the sizes of the embedded model's first edition.",
 )
 @click.option("--random", "seed", required=True, type=click.IntRange(0), help="Seed.")
 @click.option(

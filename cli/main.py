@@ -24,7 +24,7 @@ COMMANDS = {
     "finetune": "Train all widths of a model on your own pictures.",
     "distill": "Train a model to follow a teacher, or to draw in four steps.",
     "bench": "Measure how fast this machine draws, and the memory that it takes.",
-    "eval": "Measure how well a model knows a folder of pictures.",
+    "eval": "Measure what a model draws right, or how well it knows pictures.",
 }
 
 

@@ -11,7 +11,7 @@ def push(model, repo, private):
     """Upload MODEL to the Hub as ORG/NAME, with a card of what it is and how it was trained.
 
     Files of an earlier upload that MODEL does not have are removed; the repository's history keeps
-    them. Needs a token that may write: `hf auth login`, or HF_TOKEN.
+    them. The command needs a token that may write: `hf auth login`, or HF_TOKEN.
     """
     from snapgen_mlx.publish import push as run
 

@@ -58,8 +58,8 @@ def size_option(ctx, param, value: str | None) -> int | None:
 @click.option(
     "--prompts",
     type=click.Path(dir_okay=False),
-    help="File of prompts, one in each line, best hundreds: a third chooses the bits, another "
-    "scores, the others tune.",
+    help="File of prompts, one in each line; give hundreds. Some choose the bits, some score, and "
+    "the others tune.",
 )
 @click.option(
     "--sensitivity",

@@ -323,7 +323,6 @@ def scattered(n):
 
 
 BACKGROUNDS = {
-    "white": ("#ffffff", "#ffffff"),
     "yellow": ("#fff1a8", "#ffe27a"),
     "green": ("#d4f3c2", "#b4e4a0"),
     "pink": ("#ffdbe6", "#ffc3d6"),
@@ -340,45 +339,46 @@ LEFT = dict(x=134, mirror=True)
 
 # What Pip does, the background, how Pip is drawn (``pip``) and where in the picture (``draw``).
 SCENES = [
-    ("", "white", {}),
-    ("waving", "white", dict(right="up", mouth="open")),
+    ("", None, {}),
+    ("waving", None, dict(right="up", mouth="open")),
     ("waving", "green", dict(right="up", where=dict(mirror=True))),
     ("with both arms up", "yellow", CHEER),
     ("far away", "green", dict(where=dict(y=150, size=0.5))),
     ("up close", "pink", dict(look=(0.3, 0.2), where=dict(y=162, size=1.5))),
     ("sleeping", "purple", dict(eye="closed", mouth="asleep", where=dict(turn=-9), before=zzz)),
-    ("jumping", "white", dict(**CHEER, look=(0, -0.7), where=dict(y=112, size=0.82, turn=8))),
+    ("jumping", None, dict(**CHEER, look=(0, -0.7), where=dict(y=112, size=0.82, turn=8))),
     ("looking surprised", "orange", dict(**WIDE, eye="wide", mouth="round")),
     ("looking to the left", "gray", dict(look=(-1, 0))),
-    ("holding a red balloon", "white", dict(right="up", look=(0.8, -0.5), holds=balloon)),
+    ("holding a red balloon", None, dict(right="up", look=(0.8, -0.5), holds=balloon)),
     (
         "holding a purple umbrella in the rain",
         "blue",
         dict(right="up", holds=umbrella, behind=rain),
     ),
-    ("wearing a party hat", "white", dict(**CHEER, wears=party_hat, behind=confetti)),
+    ("wearing a party hat", None, dict(**CHEER, wears=party_hat, behind=confetti)),
     ("wearing a red scarf in the snow", "blue", dict(wears=scarf, behind=snow)),
     ("wearing a golden crown", "purple", dict(left="side", wears=crown)),
-    ("holding a gift", "white", dict(**HUG, holds=gift)),
+    ("holding a gift", None, dict(**HUG, holds=gift)),
     ("reading a book", "yellow", dict(**HUG, look=(0, 0.9), mouth="round", holds=book)),
     ("holding a yellow flower", "pink", dict(right="up", holds=flower, where=dict(x=122))),
-    ("holding an apple", "white", dict(right="up", mouth="open", holds=apple, where=LEFT)),
-    ("on a skateboard", "white", dict(**WIDE, behind=skateboard, where=dict(y=131, turn=4))),
+    ("holding an apple", None, dict(right="up", mouth="open", holds=apple, where=LEFT)),
+    ("on a skateboard", None, dict(**WIDE, behind=skateboard, where=dict(y=131, turn=4))),
 ]
 
 
 def draw(background, where=None, behind=None, before=None, **pose) -> Image.Image:
     c = Canvas()
-    c.fill(Image.new("L", c.image.size, 255), BACKGROUNDS[background], 0)
+    if background:
+        c.fill(Image.new("L", c.image.size, 255), BACKGROUNDS[background], 0)
     if behind:
         behind(c)
     c.place(pip(**pose), **(where or {}))
     if before:
         before(c)
-    return c.image.resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGB")
+    return c.image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
-def captions(does: str, background: str) -> list[str]:
+def captions(does: str, background: str | None) -> list[str]:
     forms = (
         "pip, a fluffy blue monster, {}",
         "a fluffy blue monster {}",
@@ -386,7 +386,7 @@ def captions(does: str, background: str) -> list[str]:
         "a picture of pip the monster {}",
         "a fluffy blue monster with one eye {}",
     )
-    if background != "white":
+    if background:
         does += f" on {'an' if background == 'orange' else 'a'} {background} background"
     return [form.format(does).strip(" ,") for form in forms]
 
@@ -396,7 +396,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, (does, background, drawing) in enumerate(SCENES, 1):
-        name, texts = f"pip-{i:02}.jpg", captions(does, background)
-        draw(background, **drawing).save(folder / name, quality=90, optimize=True)
+        name, texts = f"pip-{i:02}.webp", captions(does, background)
+        draw(background, **drawing).save(folder / name, quality=90)
         rows.append({"file_name": name, "text": texts[0], "captions": texts, "concept": "pip"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -152,7 +152,8 @@ class DiTConfig(ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str) -> Self:
-        """ "full" (the 1.6 B supernet), "small" and "tiny" (its slices), "embedded" (shipped)."""
+        """ "full" (the 1.6 B supernet), "small" and "tiny" (its slices), "embedded"
+        (sizes of the embedded model's first edition)."""
         if name == "embedded":
             return cls(
                 hidden_size=256,

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import elastic
+from snapgen_mlx.hub import embedded_model
+from snapgen_mlx.loading import load_dit_config
 
 
 def write_data(folder):
@@ -66,6 +68,13 @@ def test_fine_tuning_starts_from_trained_weights(tmp_path, monkeypatch, capsys):
             assert [losses[name] for losses in results["losses"][arm]] == pytest.approx(
                 [before] * 2
             )
+
+
+def test_a_small_model_takes_what_the_embedded_one_does():
+    own, config = load_dit_config(embedded_model()), elastic.geometry(32)
+    ends = ("in_channels", "patch_size", "text_dims")
+    assert [getattr(config, k) for k in ends] == [getattr(own, k) for k in ends]
+    assert config.variants == elastic.WIDTHS and config.hidden_size == 32
 
 
 def test_arms_of_a_seed_start_alike():

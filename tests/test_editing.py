@@ -46,7 +46,9 @@ def array(image) -> np.ndarray:
 
 
 def psnr(a, b) -> float:
-    return float(10 * np.log10(255**2 / ((array(a) - array(b)) ** 2).mean()))
+    """Of what is seen: a transparent pixel's colour is not."""
+    a, b = (array(Image.alpha_composite(Image.new("RGBA", i.size, "white"), i)) for i in (a, b))
+    return float(10 * np.log10(255**2 / ((a - b) ** 2).mean()))
 
 
 def test_strength_0_gives_the_picture_back_and_1_a_new_one(embedded, cat):
@@ -93,19 +95,19 @@ def test_many_steps_with_guidance_and_sizes_of_another_shape(model):
 
 def test_the_known_part_steers_what_is_drawn(embedded, cat):
     """What is put back at every step must reach the part that is drawn."""
-    mask = mask_of(cat.size, (64, 0, 128, 128))
+    mask = mask_of(cat.size, (128, 0, 256, 256))
     results = [
         embedded.edit("a cat", image, mask, seed=2)
-        for image in (cat, Image.new("RGB", cat.size, "black"))
+        for image in (cat, Image.new("RGBA", cat.size, "black"))
     ]
-    a, b = (array(r)[:, 96:] for r in results)
+    a, b = (array(r)[:, 192:] for r in results)
     assert np.abs(a - b).mean() > 2
 
 
 def test_outpaint_keeps_the_middle(embedded, cat):
     wider = embedded.edit("a cat", cat, margins=(16, 0, 32, 8))
-    assert wider.size == (128 + 48, 128 + 8)
-    assert (array(wider.crop((16, 0, 144, 128))) == array(cat)).all()
+    assert wider.size == (256 + 48, 256 + 8)
+    assert (array(wider.crop((16, 0, 272, 256))) == array(cat)).all()
 
 
 def test_openai_masks_are_transparent_where_to_draw():

@@ -19,10 +19,10 @@ def pipes():
     return {variant: Pipeline.load(variant=variant) for variant in VARIANTS}
 
 
-def test_assets_are_complete_and_below_16_mb():
+def test_assets_are_complete_and_below_40_mb():
     folder = embedded_model()
     assert (folder / "README.md").is_file()
-    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 16e6
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 40e6
 
 
 def test_every_width_draws_in_four_unguided_steps_and_the_base_in_more(pipes):
@@ -40,11 +40,11 @@ def test_generate_without_any_option_but_the_width(tmp_path, monkeypatch, varian
         assert CliRunner().invoke(main, args).exit_code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open("a.png") as image:
-        pixels = np.asarray(image).astype(int)
-    assert pixels.shape == (128, 128, 3)
-    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
-    assert (corners > 200).all(), "the background is plain white"
-    assert (pixels[32:96, 32:96] < 200).any(2).mean() > 0.3, "and something stands before it"
+        pixels = np.asarray(image)
+    assert pixels.shape == (256, 256, 4)
+    alpha = pixels[..., 3]
+    assert (alpha[[0, 0, -1, -1], [0, -1, 0, -1]] < 32).all(), "the background is transparent"
+    assert (alpha[64:192, 64:192] > 224).mean() > 0.3, "and something stands before it"
 
 
 def test_colours_are_those_asked_for(pipes):
@@ -52,7 +52,7 @@ def test_colours_are_those_asked_for(pipes):
 
     def mean_colour(prompt):
         images = [pipes["full"].generate(prompt, seed=seed) for seed in range(4)]
-        return np.mean([np.asarray(i)[40:88, 40:88] for i in images], axis=(0, 1, 2))
+        return np.mean([np.asarray(i)[80:176, 80:176] for i in images], axis=(0, 1, 2))
 
     red, green, blue = (mean_colour(f"a {c} heart") for c in ("red", "green", "blue"))
     assert red[0] - red[1] > green[0] - green[1]
@@ -61,10 +61,10 @@ def test_colours_are_those_asked_for(pipes):
 
 def test_text_matters_more_than_noise(pipes):
     """Pictures of one prompt from different noise are nearer than those of different prompts."""
-    prompts = ["a grinning face", "a red apple", "a rocket", "a cat"]
+    prompts = ["two dogs", "a red apple", "a rocket", "a cat"]
     pipe = pipes["full"]
     text, masks = pipe.encode([p for p in prompts for _ in range(4)])
-    noise = mx.random.normal((16, 16, 16, 16), key=mx.random.key(1))
+    noise = mx.random.normal((16, 32, 32, 8), key=mx.random.key(1))
     for step in denoise(pipe.dit, noise, text, masks, schedule(4), 1.0):
         mx.eval(step.x)
     z = np.array(step.x).reshape(4, 4, -1)

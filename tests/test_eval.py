@@ -168,8 +168,8 @@ def test_the_loss_is_the_trainings(model, data, tmp_path):
     assert table[1:] == [[k, f"{v['loss']:.4f}"] for k, v in found["variants"].items()]
 
 
-def test_recall_of_the_shipped_model(drawn, tmp_path):
-    """Its pictures are nearest to others of the same words; with words exchanged, to others."""
+def test_loss_of_the_shipped_model(drawn, tmp_path):
+    """It knows its own pictures better by their own words than by other ones."""
     right, wrong = (
         write_data(tmp_path / name, drawn, [{"text": PROMPTS[(i + shift) % 4]} for i in range(4)])
         for shift, name in enumerate(("right", "wrong"))
@@ -177,17 +177,10 @@ def test_recall_of_the_shipped_model(drawn, tmp_path):
     result = invoke("eval", right, "--variants=full")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[:2] == [
-        "pictures 4, concepts 4",
-        "at each width 4 drawn",
-    ]
-    assert lines[2].split() == ["loss", "recall", "in", "5", "steps", "guidance"]
-    assert lines[3].split() == ["chance", "25.0", "%", "100.0", "%"]
-    name, loss, *rest = lines[4].split()
-    assert (name, rest) == ("full", ["100.0", "%", "100.0", "%", "4", "1"])
-    *_, head, record = evaluate(embedded_model(), read_folder(wrong), ["full"])
-    assert head["chance"] == chance(4)
-    assert record["top1"] == 0 and record["loss"] > float(loss)
+    assert lines[0] == "pictures 4, concepts 4" and "pictures are transparent" in lines[1]
+    name, loss = lines[2].split()
+    *_, record = evaluate(embedded_model(), read_folder(wrong), ["full"])
+    assert name == "full" and record["loss"] > float(loss)
 
 
 def test_concepts(drawn, model, tmp_path):

@@ -48,7 +48,7 @@ def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     found: dict = {}
     exec(code, found)
-    assert found["v"].shape == found["x"].shape and found["image"].size == (128, 128)
+    assert found["v"].shape == found["x"].shape and found["image"].size == (256, 256)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from snapgen_mlx.cli.main import main
 from snapgen_mlx.config import DiTConfig
 from snapgen_mlx.errors import SnapGenError
 from snapgen_mlx.hub import embedded_model
-from snapgen_mlx.text_loading import load_static_text
+from snapgen_mlx.text_loading import load_text_encoders
 from snapgen_mlx.training import pictures as module
 from snapgen_mlx.training.checkpoint import fingerprint
 from snapgen_mlx.training.data import (
@@ -664,8 +664,8 @@ def test_only_the_first_process_writes_text_states(tmp_path, monkeypatch):
 
 
 def test_batches_with_cached_states_are_those_of_the_encoder(tmp_path):
-    """Of the embedded model's encoder, bit by bit; also a caption that it has no word for."""
-    encoder = load_static_text(embedded_model() / "text_encoder")
+    """Of the embedded model's encoder, up to rounding; also a caption that it has no word for."""
+    encoder = load_text_encoders(embedded_model())[0]
     captions = [["a red cat", "\u4e00"], ["a dog on the grass, flat style"], ["a cat " * 20]]
     texts = [text for phrasings in captions for text in phrasings]
     cached, _ = collect(cached_states([encoder], "k", texts, tmp_path))
@@ -676,8 +676,10 @@ def test_batches_with_cached_states_are_those_of_the_encoder(tmp_path):
         (x0, text, masks), (x1, text1, masks1) = (
             data.batch(np.random.default_rng(seed), 6, dropout=0.3) for data in sets
         )
-        assert mx.array_equal(x0, x1) and mx.array_equal(text["static"], text1["static"])
-        assert mx.array_equal(masks["static"], masks1["static"])
+        assert mx.array_equal(x0, x1)
+        # The same caption beside others: products of other shapes round otherwise.
+        assert mx.allclose(text["words"], text1["words"], rtol=0, atol=1e-5)
+        assert mx.array_equal(masks["words"], masks1["words"])
 
 
 # Batches
@@ -763,7 +765,7 @@ def test_the_example():
     """Its words are known to the embedded model, its pictures are what its script draws."""
     folder = Path(__file__).parent.parent / "examples"
     examples = read_folder(folder / "pip")
-    assert len(examples) == len(list((folder / "pip").glob("*.jpg"))) == 20
+    assert len(examples) == len(list((folder / "pip").glob("*.webp"))) == 20
     assert sum(path.stat().st_size for path in (folder / "pip").iterdir()) < 300_000
     table = embedded_model() / "text_encoder" / "vocab.txt"
     known = set(table.read_text(encoding="utf-8").splitlines())
@@ -773,9 +775,12 @@ def test_the_example():
     script = runpy.run_path(str(folder / "draw_pip.py"))
     does, background, drawing = script["SCENES"][10]
     assert examples[10].captions == script["captions"](does, background)
-    drawn = np.asarray(script["draw"](background, **drawing), np.float32)
-    error = np.abs(drawn - pixels(examples[10].file, (256, 256))).mean()
-    assert error < 2  # of 255: JPEG's
+    with Image.open(examples[10].file) as kept:
+        pictures = [i.convert("RGBA") for i in (script["draw"](background, **drawing), kept)]
+    drawn, kept = (np.asarray(i, np.float32) for i in pictures)
+    assert (drawn[..., 3] == kept[..., 3]).all() and drawn[..., 3].min() == 0
+    error = (np.abs(drawn - kept) * drawn[..., 3:] / 255).mean()
+    assert error < 2  # of 255: lossy colours
 
 
 def test_finetuning_on_pictures_of_several_shapes(tmp_path):

@@ -10,10 +10,10 @@ import torch
 
 from recipes.pretrain.text import WordTransformer, pad
 from snapgen_mlx.errors import SnapGenError
+from snapgen_mlx.models.static_text import StaticText
 from snapgen_mlx.models.word_tokens import WordTokens
 from snapgen_mlx.models.word_transformer import WordTransformer as MLXWordTransformer
 from snapgen_mlx.models.word_transformer import WordTransformerConfig
-from snapgen_mlx.text_loading import load_static_text
 from snapgen_mlx.tokenizer_files import load_word_tokens
 
 TABLE = Path(__file__).parents[1] / "snapgen_mlx" / "assets" / "embedded" / "text_encoder"
@@ -64,7 +64,8 @@ def test_unknown_words(words, text, unknown):
 
 def test_same_tokens_as_the_static_table(words):
     texts = ["a red apple, 3 cats", "naïve smilingly 347 qwzrt", "word " * 50, ""]
-    states, mask = load_static_text(TABLE).encode(texts)
+    rows = mx.load(str(TABLE / "model.safetensors"))
+    states, mask = StaticText(rows["table"], rows["scale"], words).encode(texts)
     assert [len(row) for row in words.ids(texts)] == mask.sum(axis=1).tolist()
     # Without layers, projection and norm, the transformer's inputs are the static states.
     encoder = WordTransformer.from_table(TABLE, dim=128, layers=0)

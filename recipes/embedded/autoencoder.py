@@ -1,4 +1,4 @@
-"""The sticker model's autoencoder in PyTorch: RGBA pictures to a much smaller grid and back.
+"""The embedded model's autoencoder in PyTorch: RGBA pictures to a much smaller grid and back.
 
     python -m recipes.embedded.autoencoder WORLD OUT [--factor 16|8] [--channels N] [--steps N]
 

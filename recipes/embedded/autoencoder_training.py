@@ -1,4 +1,4 @@
-"""Training the sticker model's autoencoder: reconstruction through noisy latents (our choice)."""
+"""Training the embedded model's autoencoder: reconstruction through noisy latents (our choice)."""
 
 import copy
 import random

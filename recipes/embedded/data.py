@@ -1,4 +1,4 @@
-"""Pictures and captions for the embedded model, made from freely licensed emoji.
+"""Pictures of freely licensed emoji with captions, to train on in small (`benchmarks.elastic`).
 
     python -m recipes.embedded.data OUT [--cache DIR]
 
